@@ -1,0 +1,306 @@
+"""cluster.py - k balanced clusters of the images, in the feature space of a SimSiam network (SDR, section "clustering").
+
+    python cluster.py                                            # runs/toy/simsiam.pt -> runs/toy/clusters.npy, k = 16
+    python cluster.py --data photos/ --out runs/photos --k 256
+    torchrun --nproc_per_node 8 cluster.py --data imagenet/train --out runs/in1k --k 256
+    python cluster.py --features features.npy --k 256 --out runs/x        # any float32 (N, D) array, memory-mapped
+
+In the paper's terms: features F = [f1 ... fn] of a network pre-trained on everything, k learnable centroids C, scores
+S = F^T C. The clusters' posterior U maximises
+
+    Tr(U^T S) + eps H(U)     over U with rows summing to 1/n and columns to 1/k  (balanced),
+
+whose solution is U_ij = exp(u_i + v_j + S_ij / eps), found by Sinkhorn-Knopp. C follows by SGD on the cross-entropy
+between U and softmax(S / T). The two alternate, block by block; in the end each image goes to the centroid of its
+highest score S (or, with --balanced, of its highest posterior U).
+
+In:  <out>/simsiam.pt and --data, or --features (N, D)
+Out: <out>/clusters.npy   int64 (N,): sub-net of each image of the sorted listing
+     <out>/clusters.json  n, k, sha256 of the listing, the mean feature, and the figures printed
+     <out>/centroids.npy  float32 (k, D), unit length, of features minus their mean
+     <out>/clusters.png   a row per cluster: the images nearest to its centroid
+     <out>/features.npy   float32 (N, D), with --save-features
+"""
+import json
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+
+import sdrnet
+from pretrain import (Parser, Signals, common_options, data_options, embed, load_array, open_images, plain_crop, rank, run, say, start)
+from sdrnet import InputError, world_size
+
+SHEET = 10                                             # images per cluster on the contact sheet
+
+
+class Features:
+    """Rows of features, centred and of unit length, read block by block: works on an array larger than memory.
+
+    Block b of n is every n-th row from b on, so that each block is a fair sample of a sorted listing; with several
+    processes each holds its share of a block. Arithmetic is float64 where that is quick, else float32."""
+
+    def __init__(self, array, k, device, rows=8192):
+        self.array, self.device, self.count = array, device, len(array)
+        self.blocks = max(1, round(len(array) / min(rows, max(len(array) / 32, 8 * k))))       # at least 32 steps an epoch, if k allows
+        self.dtype = torch.float64 if array.shape[0] * array.shape[1] * k <= 2e9 else torch.float32
+        total, finite = torch.zeros(array.shape[1], dtype=torch.float64), True
+        for b in range(self.blocks):
+            part = torch.from_numpy(np.ascontiguousarray(array[self.rows(b)]))
+            finite = finite and bool(torch.isfinite(part).all())
+            total += F.normalize(part.double()).sum(0)
+        total = torch.cat([total, torch.tensor([float(finite)], dtype=torch.float64)]).to(device)
+        self.sum(total)
+        if total[-1] < world_size():
+            raise InputError("the features hold values that are not finite")
+        self.mean = (total[:-1] / self.count).to(self.dtype)
+
+    def rows(self, b):
+        """This process's rows of block b."""
+        return np.arange(b, self.count, self.blocks)[rank()::world_size()] if world_size() > 1 else slice(b, None, self.blocks)
+
+    def block(self, b):
+        """(n, D): the centred, normalised features of this process's rows of block b."""
+        part = torch.from_numpy(np.ascontiguousarray(self.array[self.rows(b)])).to(self.device, self.dtype)
+        return F.normalize(F.normalize(part) - self.mean)
+
+    def sum(self, tensor):
+        """Adds up a tensor over the processes, in place."""
+        if world_size() > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def posterior(scores, v, eps):
+    """log of U's rows, each summing to 1: log softmax(S / eps + v). The row potential u_i is solved for exactly, so
+    that the column potentials v (k,), kept in float64, are all the state that Sinkhorn-Knopp has."""
+    return torch.log_softmax(scores / eps + v.to(scores.dtype), 1)
+
+
+def sinkhorn(chunks, k, count, eps, v=None, tolerance=0.01, iterations=500, add_up=lambda t: t):
+    """Column potentials of the balanced assignment (equation above).
+
+    chunks: () -> iterator of score blocks (n, k), all rows once per call. v: potentials to start from, float64 (k,).
+    Each iteration sets the columns right given the rows: v_j -= log(k mass_j / N). In the log domain no eps
+    overflows. Returns v, the largest relative error of a cluster's mass, and the iterations used."""
+    first = next(iter(chunks()))
+    v = torch.zeros(k, dtype=torch.float64, device=first.device) if v is None else v.clone()
+    error = float("inf")
+    for iteration in range(1, iterations + 1):
+        mass = torch.zeros(k, dtype=torch.float64, device=v.device)
+        for scores in chunks():
+            mass += posterior(scores, v, eps).exp_().sum(0, dtype=torch.float64)
+            Signals.poll()
+        mass = add_up(mass) * k / count
+        error = (mass - 1).abs().max().item()
+        if error <= tolerance:
+            break
+        v -= torch.log(mass.clamp(min=1e-30))
+    return v, error, iteration
+
+
+def learn(features, k, *, eps, temperature, epochs, rate, seed):
+    """Centroids (k, D) of unit length and potentials v (k,), by SGD on the cross-entropy -sum U log softmax(S / T).
+
+    Per block: S = F C^T; U from the potentials so far (one Sinkhorn step as the masses come in); the gradient with
+    respect to c_j is mean_i (P_ij - U_ij) f_i / T. The step is rate * k * T times that, so that `rate` 1 moves a
+    centroid about as far as a k-means step on the block. Start: k random images. Prints the objective."""
+    rng = np.random.default_rng([seed, 3])
+    picks = np.sort(rng.choice(features.count, k, replace=False))
+    c = F.normalize(F.normalize(torch.from_numpy(np.ascontiguousarray(features.array[picks])).to(features.device, features.dtype)) - features.mean)
+    v = torch.zeros(k, dtype=torch.float64, device=features.device)
+    for epoch in range(epochs):
+        began, loss, fit = time.time(), 0.0, 0.0
+        step = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+        for b in rng.permutation(features.blocks):
+            f = features.block(b)                      # (n, D)
+            s = f @ c.T                                # (n, k) cosines
+            u = posterior(s, v, eps).exp_()
+            logp = torch.log_softmax(s / temperature, 1)
+            gradient = (logp.exp() - u).T @ f          # (k, D)
+            sums = torch.cat([gradient.flatten().double(), u.sum(0, dtype=torch.float64),
+                              torch.stack([-(u * logp).sum(), s.max(1).values.sum(), s.new_tensor(float(len(s)))]).double()])
+            gradient, mass, (ce, best, n) = features.sum(sums).split([k * f.shape[1], k, 3])
+            c = F.normalize(c - (step * k / n * gradient.view(k, -1)).to(c.dtype))
+            v -= 0.5 * torch.log((mass * k / n).clamp(min=1e-3, max=1e3))
+            loss, fit = loss + ce.item(), fit + best.item()
+            Signals.poll()
+        if epoch in (0, epochs - 1) or epoch % 5 == 4:
+            say(f"  epoch {epoch + 1:3d} of {epochs}: cross-entropy {loss / features.count:.4f}, mean cosine to the nearest centroid "
+                f"{fit / features.count:.4f}, {time.time() - began:.1f} s an epoch")
+    return c, v
+
+
+def tree_order(centroids, g):
+    """A permutation of k = g^4 centroids such that similar ones share the first digits of their path: split into g
+    equal groups, each again, and so on; balanced k-means, each step solved exactly as an assignment problem."""
+    def split(index, parts):
+        if parts == 1 or g == 1:
+            return list(index)
+        x, size = centroids[index], len(index) // g
+        middle = x[np.linspace(0, len(x) - 1, g).astype(int)]
+        for _ in range(20):
+            rows, columns = linear_sum_assignment(-(x @ middle.T).repeat(size, axis=1))
+            group = columns // size
+            middle = np.stack([x[group == j].mean(0) for j in range(g)])
+        return [i for j in range(g) for i in split(index[group == j], parts // g)]
+    return np.array(split(np.arange(len(centroids)), len(centroids)))
+
+
+def assign(features, centroids, mean):
+    """Clusters of new images: features (n, D) of the network that clustered -> int64 (n,), highest score S."""
+    f = F.normalize(F.normalize(features.double()) - mean.double())
+    return (f @ centroids.double().T).argmax(1)
+
+
+def fill_empty(clusters, best, k):
+    """No cluster is left empty: each empty one, in order, takes the image that its own centroid scores highest among
+    the images of clusters that have at least two. best: (k, candidates) image indices, highest score first."""
+    sizes, moved = np.bincount(clusters, minlength=k), 0
+    for j in np.flatnonzero(sizes == 0):
+        image = next((i for i in best[j] if sizes[clusters[i]] > 1), None)
+        if image is None:
+            image = np.flatnonzero(sizes[clusters] > 1)[0]
+        sizes[clusters[image]] -= 1
+        clusters[image], sizes[j], moved = j, 1, moved + 1
+    return moved
+
+
+def cluster(array, k, device, *, eps=0.05, temperature=0.1, epochs=20, rate=1.0, seed=0, balanced=False, order="tree"):
+    """The whole stage on an array (N, D). Returns clusters int64 (N,), centroids float32 (k, D), mean float32 (D,),
+    nearest (k, 64) images of each centroid, and a dict of figures."""
+    began = time.time()
+    features = Features(array, k, device)
+    c, v = learn(features, k, eps=eps, temperature=temperature, epochs=epochs, rate=rate, seed=seed)
+    if order == "tree" and round(k ** 0.25) ** 4 == k:
+        permutation = torch.from_numpy(tree_order(c.double().cpu().numpy(), round(k ** 0.25)))
+        c, v = c[permutation], v[permutation.to(v.device)]
+    keep = features.count * k * 4 // world_size() <= 2 << 30           # S in memory, or computed anew each time
+    kept = [(features.block(b) @ c.T).to(torch.float32 if features.dtype == torch.float32 else torch.float64) for b in range(features.blocks)] if keep else None
+    chunks = lambda: iter(kept) if keep else (features.block(b) @ c.T for b in range(features.blocks))
+    v, error, iterations = sinkhorn(chunks, k, features.count, eps, v, add_up=features.sum)
+
+    clusters = torch.zeros(features.count, dtype=torch.int64, device=device)
+    top = min(64, features.count)
+    near_score = torch.full((k, top), -2.0, dtype=torch.float64, device=device)
+    near = torch.zeros(k, top, dtype=torch.int64, device=device)
+    figures, fit = torch.zeros(2, dtype=torch.float64, device=device), 0.0
+    for b, s in enumerate(chunks()):
+        rows = torch.from_numpy(np.arange(features.count)[features.rows(b)]).to(device)
+        logu = posterior(s, v, eps)
+        clusters[rows] = (logu if balanced else s).argmax(1)
+        u = logu.exp()
+        figures += torch.stack([(u * s).sum().double() - eps * (u * logu).sum().double(),                 # Tr(U^T S) + eps H(U), times N
+                                s.gather(1, clusters[rows, None]).sum().double()])
+        both_score, both = torch.cat([near_score, s.T.double()], 1), torch.cat([near, rows.expand(k, -1)], 1)
+        near_score, place = both_score.topk(top, 1)
+        near = both.gather(1, place)
+    features.sum(clusters), features.sum(figures)
+    if world_size() > 1:                               # the nearest of all processes' nearest
+        table = torch.zeros(world_size(), 2, k, top, dtype=torch.float64, device=device)
+        table[rank(), 0], table[rank(), 1] = near_score, near.double()
+        features.sum(table)
+        both_score, both = table[:, 0].transpose(0, 1).flatten(1), table[:, 1].transpose(0, 1).flatten(1).long()
+        near = both.gather(1, both_score.topk(top, 1).indices)
+    clusters, near = clusters.cpu().numpy(), near.cpu().numpy()
+    moved = fill_empty(clusters, near, k)
+    sizes = np.bincount(clusters, minlength=k)
+    about = {"n": features.count, "k": k, "eps": eps, "temperature": temperature, "epochs": epochs, "rate": rate, "seed": seed, "balanced": balanced, "order": order,
+             "marginal_error": error, "sinkhorn_iterations": iterations, "objective": figures[0].item() / features.count,
+             "mean_cosine": figures[1].item() / features.count, "moved_to_empty": moved,
+             "sizes": sizes.tolist(), "seconds": round(time.time() - began, 2)}
+    say(f"Sinkhorn: marginal error {100 * error:.2f} % of a cluster's mass after {iterations} iterations; objective Tr(U'S) + eps H(U) = {about['objective']:.4f}")
+    say(f"mean cosine to the assigned centroid {about['mean_cosine']:.4f}; sizes {sizes.min()} to {sizes.max()}, median {int(np.median(sizes))}"
+        + (f"; {moved} empty clusters were given their nearest image" if moved else "") + f"; {about['seconds']:.1f} s")
+    return clusters, c.float().cpu().numpy(), features.mean.float().cpu().numpy(), near, about
+
+
+def contact_sheet(images, rows, path, size=64):
+    """A PNG with a row of pictures per list of indices in `rows`."""
+    from torchvision.utils import make_grid
+    from torchvision.io import write_png
+    width = max(len(r) for r in rows)
+    tiles = torch.full((len(rows) * width, 3, size, size), 255, dtype=torch.uint8)
+    for a, row in enumerate(rows):
+        for b, i in enumerate(row):
+            image = images.packed[int(i)] if images.packed is not None else images.decode(int(i))
+            tiles[a * width + b] = plain_crop(plain_crop(image, min(size, min(image.shape[1:]))), size)
+    write_png(make_grid(tiles, width, padding=2, pad_value=255), path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def save_array(path, array):
+    """An .npy written whole or not at all."""
+    with open(path + ".tmp", "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def parse(argv=None):
+    parser = Parser(__doc__)
+    data_options(parser)
+    group = parser.add_argument_group("features")
+    group.add_argument("--checkpoint", help="simsiam.pt (or sdrnet.pt: its largest network); default: the simsiam.pt in --out")
+    group.add_argument("--features", help="use these instead: float32 .npy (N, D); --data then only makes the contact sheet and the listing's hash")
+    group.add_argument("--save-features", action="store_true", help="write <out>/features.npy")
+    group = parser.add_argument_group("clustering")
+    group.add_argument("--k", type=int, default=None, help="number of clusters, g^4 for a later SDR; default: 16 for toy, else 256")
+    group.add_argument("--eps", type=float, default=0.05, help="entropy's weight: small is hard, large is soft")
+    group.add_argument("--temperature", type=float, default=0.1, help="T of the softmax of cosines; must be larger than eps to sharpen")
+    group.add_argument("--epochs", type=int, default=20, help="passes of SGD over the features")
+    group.add_argument("--rate", type=float, default=1.0, help="learning rate, 1 being about a k-means step per block")
+    group.add_argument("--balanced", action="store_true", help="assign by the posterior U, nearly equal sizes, instead of by S")
+    group.add_argument("--order", choices=("tree", "none"), default="tree", help="tree: similar clusters share the first groups of their path")
+    common_options(parser)
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
+    device = start(args)
+    k = args.k or (16 if args.data == "toy" else 256)
+    if k < 1 or args.eps <= 0 or args.temperature <= 0 or args.epochs < 1:
+        raise InputError("--k and --epochs must be at least 1, --eps and --temperature positive")
+    images = None
+    if args.features is None or args.data != "toy":
+        images = open_images(args).pack()
+    if args.features is not None:
+        array = load_array(args.features, "f", 2, mmap_mode="r")
+        if images is not None and len(images) != len(array):
+            raise InputError(f"{args.features} has {len(array)} rows and --data {len(images)} images")
+    else:
+        source = args.checkpoint or os.path.join(args.out, "simsiam.pt")
+        content = sdrnet.load(source, ("simsiam", "sdrnet"))
+        net = sdrnet.network(content, source).to(device, memory_format=torch.channels_last)
+    count = len(array) if args.features is not None else len(images)
+    if k > count:
+        raise InputError(f"--k {k} clusters cannot be made of {count} images")
+    if args.features is None:
+        say(f"features of {count:,} images by {source}")
+        array = embed(net, images, size=content["config"]["image_size"], device=device, amp=args.amp, workers=args.workers).numpy()
+    clusters, centroids, mean, near, about = cluster(array, k, device, eps=args.eps, temperature=args.temperature, epochs=args.epochs, rate=args.rate,
+                                                     seed=args.seed, balanced=args.balanced, order=args.order)
+    if rank() == 0:
+        os.makedirs(args.out, exist_ok=True)
+        path = lambda name: os.path.join(args.out, name)
+        about.update(sha256=None if images is None else images.fingerprint, features=args.features or source, mean=mean.tolist())
+        if args.save_features:
+            save_array(path("features.npy"), array.astype(np.float32))
+        save_array(path("centroids.npy"), centroids)
+        if images is not None:
+            contact_sheet(images, [[i for i in row if clusters[i] == j][:SHEET] for j, row in enumerate(near)], path("clusters.png"))
+        save_array(path("clusters.npy"), clusters)
+        with open(path("clusters.json.tmp"), "w") as file:
+            json.dump(about, file)
+        os.replace(path("clusters.json.tmp"), path("clusters.json"))
+        say(f"wrote {path('clusters.npy')} ({count},), centroids.npy {centroids.shape}, clusters.json" + (", clusters.png" if images is not None else ""))
+
+
+if __name__ == "__main__":
+    run(main, "cluster.py")

@@ -1,0 +1,1283 @@
+"""pretrain.py - SimSiam, and SDR: one supernet whose sub-nets are each trained on one cluster of the images.
+
+    torchrun pretrain.py                                       # embedded toy images, SimSiam -> runs/toy/simsiam.pt
+    torchrun pretrain.py --clusters runs/toy/clusters.npy      # 16 sub-nets on 16 clusters   -> runs/toy/sdrnet.pt
+    python pretrain.py --data photos/ --out runs/photos        # your own folder (any depth), ResNet-50 recipe
+    torchrun --nproc_per_node 8 pretrain.py --data imagenet/train --out runs/in1k --workers 12
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 pretrain.py ...
+
+What it does, in the paper's terms (SDR, AAAI 2022). D(p, z) = -cos(p, sg(z)), sg = no gradient, two views 1, 2:
+
+    L_ssl(D; W)  = D(p1, z2)/2 + D(p2, z1)/2                         SimSiam, z = projector(f), p = predictor(z)
+    KD_i         = D(q(z_i1), z_02)/2 + D(q(z_i2), z_01)/2           SiamKD, q a second predictor, W_0 the teacher
+    L            = L_ssl(D0; W0) + mean over sampled i of [ L_ssl(D_i; W_i) + lambda KD_i ]
+
+Without --clusters only the first term: plain SimSiam. With it, each step draws a uniform batch of B for the largest
+network W_0, and m clusters in proportion to their size, B/(2m) images of each for its sub-net. Training is
+progressive: phase 0 trains W_0 alone, phase p = 1..4 also the g^p paths whose first 4-p digits are 0.
+
+In:  --data      toy | a folder | a torchvision data set by name with --root
+     --clusters  clusters.npy, int64 (N,), and clusters.json beside it, from cluster.py
+Out: <out>/simsiam.pt or sdrnet.pt (see sdrnet.py), the same name with .last.pt (to continue), .log.jsonl (each step)
+
+Measured: see the README's tables, which name hardware, versions and command.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import sdrnet
+from sdrnet import BatchNorm, InputError, SDRNet, index_to_path, world_size
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)           # of ImageNet, in RGB, images in [0, 1]
+
+
+# ---------------------------------------------------------------------------- running: processes, signals, errors
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line; an option is never guessed from its beginning."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise InputError(message)
+
+
+class Stopped(Exception):
+    """A signal asked to stop, and everything is saved."""
+
+
+class Signals:
+    """SIGTERM and SIGINT set a flag that every loop polls: work stops between two steps, saved."""
+    caught = None
+
+    @classmethod
+    def install(cls):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda n, frame: setattr(cls, "caught", n))
+
+    @classmethod
+    def poll(cls):
+        """For loops without a collective of their own: raises Stopped."""
+        if cls.caught:
+            raise Stopped()
+
+
+def run(main, script):
+    """Calls main() and turns its end into an exit status: bad input is one line on stderr and 2."""
+    status = 0
+    try:
+        Signals.install()
+        main()
+    except (InputError, OSError) as error:
+        text = str(error) if isinstance(error, InputError) else f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        if rank() == 0 or getattr(error, "one_rank", False):
+            print(f"{script}: error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+        status = 2
+    except Stopped:
+        status = 128 + int(Signals.caught)
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    if status:                                         # not sys.exit: other ranks may never reach a barrier
+        os._exit(status)
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def say(*words, **options):
+    """print, on one process only."""
+    if rank() == 0:
+        print(*words, **{"flush": True, **options})
+
+
+def start(args):
+    """Device, process group and precision of this process, from the arguments and torchrun's environment."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: cpu or cuda, and this machine has {'a' if torch.cuda.is_available() else 'no'} CUDA device")
+    device = torch.device("cuda", local) if name == "cuda" else torch.device("cpu")
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
+    return device
+
+
+def autocast(device, amp):
+    """bf16 autocast where the hardware computes in bf16, else a context that does nothing."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        flags = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
+        fast = "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.autocast(device.type, torch.bfloat16) if amp == "auto" and fast else nullcontext()
+
+
+def common_options(parser, out="runs/toy"):
+    """The options that all scripts share."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default=out, help="folder of this run's files; the stage before left its own there")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--amp", default="auto", choices=("auto", "off"), help="bf16 autocast where the hardware has it")
+    group.add_argument("--seed", type=int, default=0)
+    return group
+
+
+def data_options(parser):
+    group = parser.add_argument_group("images")
+    group.add_argument("--data", default="toy", help="toy, a folder, or the name of a torchvision data set")
+    group.add_argument("--root", help="where torchvision's data sets lie")
+    group.add_argument("--download", action="store_true", help="let torchvision download what is missing")
+    group.add_argument("--subset", help="an .npy of indices: only these images, sorted")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
+    return group
+
+
+# ---------------------------------------------------------------------------- images: toy
+
+TOY_IMAGES, TOY_SIZE, TOY_CLASSES = 4096, 32, 8
+TOY_WORLDS = ("shapes", "weaves", "lands", "glyphs")
+TOY_TASK_START = 1_000_000                             # images from this index on belong to the labelled tasks
+
+
+def _uniform(seed, index, count):
+    """(n, count) uniform numbers in [0, 1), a function of (seed, index, column): splitmix64, vectorised."""
+    with np.errstate(over="ignore"):
+        x = (np.asarray(index, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+             + np.arange(count, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03) + np.uint64(seed * 2 + 1) * np.uint64(0x8CB92BA72F3D8DD7))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0 ** 53
+
+
+def _colour(u):
+    """Hue, saturation, value in [0, 1] (n, 3) -> RGB (n, 3, 1, 1)."""
+    h = (u[:, :1] * 6 + np.array([[0, 4, 2]])) % 6
+    return (u[:, 2:] * (1 - u[:, 1:2] * np.clip(1 - np.abs(h - 3) + 1, 0, 1)))[:, :, None, None]
+
+
+def toy_images(index, seed=0):
+    """The toy images of these indices: (uint8 (n, 3, 32, 32), world (n,), class in the world (n,)).
+
+    World index % 4, class (index // 4) % 8; everything else about an image is nuisance, drawn from (seed, index):
+      shapes  one blob on a plain ground; class: 3 to 6 lobes, filled or ring; any colours, place, turn
+      weaves  a texture fills the frame; class: stripes, checks, waves or dots, fine or coarse; any colours, turn
+      lands   sky over hills; class: four lights by low or high hills; the light's COLOUR is the class here
+      glyphs  dark strokes on paper; class: one of eight signs, slanted, scaled and shifted
+    """
+    index = np.asarray(index, np.int64)
+    n, world, label = len(index), index % 4, index // 4 % TOY_CLASSES
+    u = _uniform(seed, index, 24)
+    grid = (np.arange(TOY_SIZE) + 0.5) / TOY_SIZE * 2 - 1
+    y, x = np.broadcast_to(grid[None, :, None], (n, TOY_SIZE, TOY_SIZE)), np.broadcast_to(grid[None, None], (n, TOY_SIZE, TOY_SIZE))
+    col = lambda j: u[:, j][:, None, None]             # one number per image, to meet (n, H, W)
+    edge = lambda d, width=0.06: np.clip(0.5 - d / width, 0, 1)      # signed distance -> coverage
+    image = np.zeros((n, 3, TOY_SIZE, TOY_SIZE))
+
+    def turned(w, scale=1.0):                          # coordinates under a random turn
+        a = col(3)[w] * 2 * math.pi
+        return (np.cos(a) * x[w] + np.sin(a) * y[w]) * scale, (np.cos(a) * y[w] - np.sin(a) * x[w]) * scale
+
+    def mix(w, mask, front, back):
+        image[w] = back + mask[:, None] * (front - back)
+
+    w = world == 0
+    cx, cy, radius = x[w] - 0.6 * (col(0)[w] - 0.5), y[w] - 0.6 * (col(1)[w] - 0.5), 0.45 + 0.2 * col(2)[w]
+    lobes, ring = 3 + label[w] % 4, label[w] // 4
+    outline = radius * (1 + 0.28 * np.cos(lobes[:, None, None] * (np.arctan2(cy, cx) + 2 * math.pi * col(3)[w])))
+    d = np.hypot(cx, cy) - outline
+    d = np.where(ring[:, None, None] == 1, np.abs(d + 0.12) - 0.09, d)
+    mix(w, edge(d), _colour(u[w, 4:7] * [1, 0.4, 0.4] + [0, 0.6, 0.6]), _colour(u[w, 7:10] * [1, 0.3, 0.3] + [0, 0.1, 0.1]))
+
+    w = world == 1
+    fine = np.where(label[w] // 4 == 1, 13.0, 7.5)[:, None, None] * (0.9 + 0.2 * col(2)[w])
+    a, b = turned(w, fine)
+    a, b, kind = a + 6 * col(0)[w], b + 6 * col(1)[w], (label[w] % 4)[:, None, None]
+    wave = np.select([kind == 0, kind == 1, kind == 2], [np.sin(a), np.sin(a) * np.sin(b) * 1.6, np.sin(a + 1.6 * np.sin(b * 0.6))],
+                     np.cos(a) + np.cos(b) - 0.9)
+    mix(w, np.clip(0.5 + 1.5 * wave, 0, 1), _colour(u[w, 4:7] * [1, 0.5, 0.4] + [0, 0.3, 0.6]), _colour(u[w, 7:10] * [1, 0.5, 0.4] + [0, 0.3, 0.1]))
+
+    w = world == 2
+    light, high = label[w] % 4, label[w] // 4
+    amplitude = np.where(high == 1, 0.38, 0.08)[:, None, None]
+    hill = 0.3 * col(0)[w] + amplitude * (np.sin(3 * x[w] + 6 * col(1)[w]) + 0.5 * np.sin(7 * x[w] + 6 * col(2)[w]))
+    sky = np.array([[0.58, 0.55, 0.95], [0.06, 0.65, 0.95], [0.66, 0.75, 0.30], [0.55, 0.10, 0.85]])[light] + (u[w, 4:7] - 0.5) * [0.06, 0.2, 0.1]
+    land = np.array([[0.30, 0.60, 0.50], [0.04, 0.60, 0.30], [0.62, 0.50, 0.12], [0.55, 0.05, 0.97]])[light] + (u[w, 7:10] - 0.5) * [0.08, 0.2, 0.1]
+    shade = (0.75 + 0.25 * y[w])[:, None]
+    mix(w, edge(hill - y[w]), _colour(np.clip(land, 0, 1)), _colour(np.clip(sky, 0, 1)) * shade)
+
+    w = world == 3
+    strokes = _uniform(7, np.arange(TOY_CLASSES), 16).reshape(TOY_CLASSES, 4, 2, 2)[label[w]] * 1.3 - 0.65   # (n, 4 strokes, 2 ends, xy)
+    slant, size = (col(3)[w] - 0.5) * 0.7, 0.8 + 0.4 * col(2)[w]
+    gx, gy = (x[w] - 0.3 * (col(0)[w] - 0.5)) / size, (y[w] - 0.3 * (col(1)[w] - 0.5)) / size
+    gx, d = gx + slant * gy, np.full(gx.shape, 9.0)
+    for s in range(4):
+        ax, ay, bx, by = (strokes[:, s, e, c][:, None, None] for e in (0, 1) for c in (0, 1))
+        t = np.clip(((gx - ax) * (bx - ax) + (gy - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2 + 1e-9), 0, 1)
+        d = np.minimum(d, np.hypot(gx - ax - t * (bx - ax), gy - ay - t * (by - ay)))
+    mix(w, edge(d - 0.05 - 0.05 * col(10)[w]), _colour(u[w, 4:7] * [1, 0.5, 0.3]), _colour(u[w, 7:10] * [1, 0.08, 0.08] + [0, 0, 0.9]))
+
+    noise = _uniform(seed + 1, index, 3 * TOY_SIZE ** 2).reshape(image.shape) - 0.5
+    image = np.clip(image + noise * (0.02 + 0.1 * u[:, 11])[:, None, None, None], 0, 1)
+    return torch.from_numpy((image * 255).round().astype(np.uint8)), world, label
+
+
+# ---------------------------------------------------------------------------- images: folders and data sets
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+PACK_SIDE, PACK_BYTES = 128, 4 << 30                   # equal images up to this side are kept decoded in memory
+
+
+class Images:
+    """A listing of images with one index each.
+
+    open_image(i) -> PIL image; names: file or index of each; labels: int64 (N,), (N, C) of 0/1 for several labels an
+    image, or None; packed: uint8 (N, 3, H, W), all of them decoded, or None; fingerprint: what clusters.json compares.
+    """
+
+    def __init__(self, names, open_image=None, labels=None, classes=None, packed=None, fingerprint=None):
+        self.names, self.open_image, self.labels, self.classes, self.packed = names, open_image, labels, classes, packed
+        self.fingerprint = fingerprint or hashlib.sha256("\n".join(names).encode("utf8", "surrogateescape")).hexdigest()
+
+    def __len__(self):
+        return len(self.names)
+
+    def subset(self, indices):
+        """The images at these sorted, unique indices: they are the listing from now on."""
+        kept = [self.names[i] for i in indices]
+        return Images(kept, None if self.open_image is None else (lambda i: self.open_image(int(indices[i]))),
+                      None if self.labels is None else self.labels[indices], self.classes,
+                      None if self.packed is None else self.packed[torch.as_tensor(indices)],
+                      hashlib.sha256((self.fingerprint + ",".join(map(str, indices))).encode()).hexdigest())
+
+    def decode(self, i):
+        """Image i as uint8 (3, H, W). Raises InputError with its name when it cannot be read."""
+        from PIL import Image, ImageOps
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = ImageOps.exif_transpose(self.open_image(i))
+                if image.mode.startswith("I"):         # 16 bits a pixel
+                    image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+                array = np.array(image.convert("RGB"))
+        except Exception as problem:                   # PIL raises nearly anything on a damaged file
+            error = InputError(f"image {self.names[i]} cannot be read ({type(problem).__name__}: {problem}); mend or remove it")
+            error.one_rank = True
+            raise error from None
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+    def pack(self):
+        """Decodes all images into memory if they are small and of one size: then no epoch waits for the disk."""
+        if self.packed is not None or len(self) == 0:
+            return self
+        first = self.decode(0)
+        if max(first.shape[1:]) > PACK_SIDE or first.numel() * len(self) > PACK_BYTES:
+            return self
+        from concurrent.futures import ThreadPoolExecutor
+        packed, began = torch.empty(len(self), *first.shape, dtype=torch.uint8), time.time()
+
+        def fill(block):
+            for i in block:
+                image = self.decode(i)
+                if image.shape != first.shape or Signals.caught:
+                    return False
+                packed[i] = image
+            return True
+        blocks = [range(a, min(a + 500, len(self))) for a in range(0, len(self), 500)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done, same in enumerate(pool.map(fill, blocks), 1):
+                if not same:
+                    pool.shutdown(cancel_futures=True)
+                    Signals.poll()
+                    return self
+                if sys.stdout.isatty() or done == len(blocks) and len(self) > 2000:
+                    say(f"\rdecoded {min(done * 500, len(self)):,} of {len(self):,} images, {time.time() - began:.0f} s", end="" if done < len(blocks) else "\n")
+        self.packed = packed
+        return self
+
+
+def toy_listing(count, seed, start=0, labels=None):
+    """Toy images start .. start+count-1; labels: None, or the world whose task this is (classes as labels)."""
+    index = np.arange(count) + start if labels is None else (np.arange(count) * 4 + labels + start)
+    packed, _, label = toy_images(index, seed)
+    return Images([f"toy{i}" for i in index], None, None if labels is None else torch.from_numpy(label),
+                  None if labels is None else [str(c) for c in range(TOY_CLASSES)], packed, f"toy seed {seed} n {count} start {start}")
+
+
+def folder_listing(folder, classes=None, top=None):
+    """The images under a folder at any depth, sorted by relative path. classes: names of the sub-folders whose
+    index is the label (None: unlabelled)."""
+    if not os.path.isdir(folder):
+        raise InputError(f"no folder {folder}")
+    names = []
+    for base in [folder] if classes is None else [os.path.join(folder, c) for c in classes]:
+        for where, folders, files in os.walk(base):
+            folders.sort()
+            names += [os.path.relpath(os.path.join(where, f), folder) for f in files if f.lower().endswith(SUFFIXES)]
+    names.sort()
+    if not names:
+        raise InputError(f"no images in {folder} (looked for {' '.join(SUFFIXES)} at any depth)")
+    from PIL import Image
+    labels = None if classes is None else torch.tensor([classes.index(n.split(os.sep)[0]) for n in names])
+    listing = Images(names, lambda i: Image.open(os.path.join(folder, names[i])), labels, classes)
+    listing.names = [os.path.join(folder, n) for n in names]           # whole paths for messages, relative ones hashed
+    return listing
+
+
+def torchvision_listing(make, name):
+    """A torchvision data set, or several joined, as Images. make: () -> list of data sets."""
+    try:
+        parts = make()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(f"{name}: {' '.join(str(error).split())} (is --root right? --download lets torchvision fetch it)") from None
+    starts = np.cumsum([0] + [len(p) for p in parts])
+
+    def open_image(i):
+        part = int(np.searchsorted(starts, i, side="right")) - 1
+        return parts[part][i - starts[part]][0]
+    labels = torch.cat([torch.as_tensor(_labels(p)) for p in parts])
+    return Images([f"{name}[{i}]" for i in range(starts[-1])], open_image, labels,
+                  [str(c) for c in range(int(labels.shape[1] if labels.dim() > 1 else labels.max() + 1))])
+
+
+def _labels(part):
+    """Labels of a torchvision data set without decoding its images."""
+    import torchvision
+    if isinstance(part, torch.utils.data.Subset):
+        return np.asarray(_labels(part.dataset))[part.indices]
+    if isinstance(part, torchvision.datasets.VOCDetection):
+        table = np.zeros((len(part), len(VOC_CLASSES)), np.int64)
+        for i, file in enumerate(part.annotations):
+            from xml.etree.ElementTree import parse
+            for thing in parse(file).getroot().iter("object"):
+                table[i, VOC_CLASSES.index(thing.findtext("name"))] = 1
+        return table
+    for attribute in ("targets", "_labels", "labels", "y"):
+        if hasattr(part, attribute):
+            return np.asarray(getattr(part, attribute))
+    return np.asarray([label for _, label in part._samples])
+
+
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+               "pottedplant sheep sofa train tvmonitor").split()
+
+
+def open_images(args):
+    """The images that --data, --root, --subset name, unlabelled, as Images. Raises InputError."""
+    if args.data == "toy":
+        listing = toy_listing(TOY_IMAGES, args.seed)
+    elif os.path.isdir(args.data):
+        listing = folder_listing(args.data)
+    else:
+        import torchvision
+        make = getattr(torchvision.datasets, args.data, None)
+        if not isinstance(make, type):
+            raise InputError(f"--data {args.data}: no such folder, and torchvision has no data set of this name")
+        if not args.root:
+            raise InputError(f"--data {args.data}: name the folder it lies in with --root")
+        extra = {"download": args.download} if "download" in make.__init__.__code__.co_varnames else {}
+        listing = torchvision_listing(lambda: [make(args.root, **extra)], args.data)
+    if args.subset:
+        indices = load_array(args.subset, "i", 1)
+        if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(listing):
+            raise InputError(f"{args.subset}: indices must lie in 0 .. {len(listing) - 1}, and there must be some")
+        listing = listing.subset(np.unique(indices))
+    return listing
+
+
+def load_array(path, kind, dims, **options):
+    """An .npy file of dtype kind "i" or "f" and so many dimensions, without pickle. Raises InputError."""
+    if not os.path.isfile(path):
+        raise InputError(f"no file {path}: run the stage before, or name the right file")
+    try:
+        array = np.load(path, allow_pickle=False, **options)
+    except Exception as error:
+        raise InputError(f"{path} is not a plain .npy array, or it is damaged ({type(error).__name__})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in kind or array.ndim != dims:
+        shape = getattr(array, "shape", "?"), str(getattr(array, "dtype", "?"))
+        raise InputError(f"{path} holds {shape[1]} of shape {shape[0]}; {dims} dimension(s) of {'integers' if kind == 'i' else 'floats'} are needed")
+    return array
+
+
+# ---------------------------------------------------------------------------- tasks
+
+class Task:
+    """A labelled task: name, train and test (Images with labels), metric: "top-1", "mean-per-class" or "mAP"."""
+
+    def __init__(self, name, train, test, metric="top-1"):
+        self.name, self.train, self.test, self.metric = name, train, test, metric
+        if len(train) < 2 or len(test) < 1:
+            raise InputError(f"task {name}: {len(train)} training and {len(test)} test images; at least 2 and 1 are needed")
+
+
+def open_tasks(names, seed=0):
+    """Tasks by name: toy (all worlds), toy:WORLD, or a folder with train/ and test/ of one folder per class."""
+    tasks = []
+    for name in names:
+        if name == "toy" or name.startswith("toy:"):
+            for world in TOY_WORLDS if name == "toy" else [name[4:]]:
+                if world not in TOY_WORLDS:
+                    raise InputError(f"task {name}: the toy worlds are {', '.join(TOY_WORLDS)}")
+                w = TOY_WORLDS.index(world)
+                tasks.append(Task(f"toy-{world}", toy_listing(400, seed, TOY_TASK_START, w), toy_listing(400, seed, 2 * TOY_TASK_START, w)))
+            continue
+        parts = {}
+        for part in ("train", "test"):
+            folder = os.path.join(name, part)
+            if not os.path.isdir(folder):
+                raise InputError(f"task {name}: no folder {folder}; a task is a folder with train/ and test/, toy, or toy:WORLD")
+            parts[part] = sorted(e.name for e in os.scandir(folder) if e.is_dir())
+        only = sorted(set(parts["test"]) - set(parts["train"]))
+        if only:
+            raise InputError(f"task {name}: class {only[0]} is in test/ but not in train/")
+        if not parts["test"] or not parts["train"]:
+            raise InputError(f"task {name}: no class folders in {os.path.join(name, 'test' if parts['train'] else 'train')}")
+        tasks.append(Task(os.path.basename(os.path.abspath(name)), *(folder_listing(os.path.join(name, p), parts["train"]) for p in ("train", "test"))))
+    return tasks
+
+
+# ---------------------------------------------------------------------------- views
+# Every image and view has a row of uniform numbers of its own, a function of (seed, step, position in the global
+# batch, view). All of SimSiam's augmentation is computed from that row, for a whole batch at once:
+#   crop, resize, flip and blur are linear along each side: two small matrices per image, out = R_y x R_x^T;
+#   brightness, contrast, saturation, hue and grey are affine in RGB: one 3x3 matrix and a shift per image.
+
+TRIES = 10                                             # of crop shapes that may not fit, as torchvision does
+COLUMNS = 2 * TRIES + 15                               # uniform numbers per view
+
+
+def draws(seed, step, rows):
+    """Uniform numbers of one step for all processes: float32 (rows, 2 views, COLUMNS)."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
+    return torch.rand(rows, 2, COLUMNS, generator=generator)
+
+
+def crop_boxes(u, height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+    """torchvision's RandomResizedCrop from uniform numbers: u (n, >= 22) -> top, left, height, width, int64 (n,) each."""
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :TRIES])
+    aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[:, TRIES:2 * TRIES])
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w <= width) & (h <= height) & (w > 0) & (h > 0)
+    first = fits.float().argmax(1, keepdim=True)
+    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
+    whole_h, whole_w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))    # the fallback: centre
+    found = fits.any(1)
+    h, w = torch.where(found, h, torch.tensor(float(whole_h))), torch.where(found, w, torch.tensor(float(whole_w)))
+    top = torch.where(found, (u[:, 2 * TRIES] * (height - h + 1)).floor(), (height - h) // 2)
+    left = torch.where(found, (u[:, 2 * TRIES + 1] * (width - w + 1)).floor(), (width - w) // 2)
+    return top.long(), left.long(), h.long(), w.long()
+
+
+def resize_matrix(start, length, source, target):
+    """(n, target, source): rows that resize pixels [start, start + length) to `target` pixels, bilinear with
+    antialiasing (a triangle as wide as the step), as PIL and torchvision do."""
+    step = (length.float() / target)[:, None, None]
+    centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step
+    pixel = torch.arange(source, device=start.device)[None, None]
+    weight = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None]))
+    return weight / weight.sum(2, keepdim=True)
+
+
+def blur_matrix(sigma, size):
+    """(n, size, size): Gaussian blur along one side; rows at the border are renormalised. sigma 0: the identity."""
+    place = torch.arange(size, device=sigma.device)
+    weight = torch.exp(-(place[:, None] - place[None]) ** 2 / (2 * sigma[:, None, None] ** 2).clamp(min=1e-6))
+    return weight / weight.sum(2, keepdim=True)
+
+
+def colour_maps(u, mean):
+    """ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, its four steps in random order, then grey with 0.2.
+
+    u: (n, 10) uniform numbers; mean: (n, 3) mean RGB of each image in [0, 1], which contrast turns about.
+    Returns M (n, 3, 3) and t (n, 3): x -> M x + t. Hue turns the chroma plane of YIQ, where a turn is linear, by
+    up to a tenth of a circle; torchvision shifts the hue of HSV and clamps after each step, here once at the end."""
+    n, device = len(u), u.device
+    eye = torch.eye(3, device=device)
+    luma = torch.tensor([0.299, 0.587, 0.114], device=device)
+    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], device=device)
+    factor = 0.6 + 0.8 * u[:, :3]                      # (n, 3): brightness, contrast, saturation
+    angle = (u[:, 3] - 0.5) * 0.4 * math.pi
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    turn = torch.stack([one, zero, zero, zero, angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos()], 1).view(n, 3, 3)
+    grey = luma.expand(3, 3)                           # every channel becomes the luma
+    f = factor[:, :, None, None]
+    steps = torch.stack([f[:, 0] * eye, f[:, 1] * eye, f[:, 2] * eye + (1 - f[:, 2]) * grey, yiq.inverse() @ turn @ yiq], 1)
+    jittered, order = u[:, 8] < 0.8, u[:, 4:8].argsort(1)
+    m, t, rows = eye.expand(n, 3, 3), torch.zeros(n, 3, device=device), torch.arange(n, device=device)
+    for k in range(4):
+        step = torch.where(jittered[:, None, None], steps[rows, order[:, k]], eye)
+        level = ((m @ mean[:, :, None])[:, :, 0] + t) @ luma                      # mean grey so far
+        lift = (1 - factor[:, 1]) * level * (jittered & (order[:, k] == 1))       # contrast: x -> c x + (1 - c) level
+        m, t = step @ m, (step @ t[:, :, None])[:, :, 0] + lift[:, None]
+    last = torch.where((u[:, 9] < 0.2)[:, None, None], grey, eye)
+    return last @ m, (last @ t[:, :, None])[:, :, 0]
+
+
+def views(images, u, size, cropped=False):
+    """One SimSiam view of each image: uint8 (n, 3, H, W), u (n, COLUMNS) -> float32 (n, 3, size, size), normalised,
+    channels_last. cropped: the images are crops of this size already (large images are cropped while decoding)."""
+    n, _, height, width = images.shape
+    own = u[:, 2 * TRIES + 2:].to(images.device)       # flip, blur or not, sigma, ten of colour
+    flip, sigma = own[:, 0] < 0.5, torch.where(own[:, 1] < 0.5, 0.1 + 1.9 * own[:, 2], 0.0)
+    x = images.float()
+    if cropped:
+        x = torch.where(flip[:, None, None, None], x.flip(3), x)
+        rows = (sigma > 0).nonzero()[:, 0]
+        blur = blur_matrix(sigma[rows], size)
+        x[rows] = blur[:, None] @ (x[rows].flatten(1, 2) @ blur.mT).view(-1, 3, size, size)
+    else:
+        top, left, h, w = (v.to(images.device) for v in crop_boxes(u, height, width))
+        blur = blur_matrix(sigma, size)
+        ry, rx = blur @ resize_matrix(top, h, height, size), blur @ resize_matrix(left, w, width, size)
+        rx = torch.where(flip[:, None, None], rx.flip(1), rx)
+        x = (x.flatten(1, 2) @ rx.mT).view(n, 3, height, size)                    # (n, 3, H, size)
+        x = ry[:, None] @ x                                                       # (n, 3, size, size)
+    m, t = colour_maps(own[:, 3:], x.mean((2, 3)) / 255)
+    mean, std = torch.tensor(MEAN, device=x.device), torch.tensor(STD, device=x.device)
+    m, t = m / std[:, None] / 255, (t - mean) / std    # colour, 1/255 and normalisation in one map
+    x = torch.baddbmm(t[:, None], x.flatten(2).mT, m.mT)                          # (n, size * size, 3)
+    x = torch.maximum(torch.minimum(x, (1 - mean) / std), -mean / std)            # the clamp to [0, 1]
+    return x.view(n, size, size, 3).permute(0, 3, 1, 2)
+
+
+def plain_input(images, device):
+    """uint8 (n, 3, S, S) -> normalised float32, channels_last, on the device: what evaluation sees."""
+    x = images.to(device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
+    mean, std = torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def plain_crop(image, size):
+    """uint8 (..., 3, H, W) -> (..., 3, size, size) for evaluation: short side to `size` (8/7 of it above 64), centre crop."""
+    from torchvision.transforms.v2 import functional as T
+    if image.shape[-2:] == (size, size):
+        return image
+    return T.center_crop(T.resize(image, [size if size <= 64 else round(size * 8 / 7)], antialias=True), [size, size])
+
+
+# ---------------------------------------------------------------------------- features and nearest neighbours
+
+class PlainCrops(torch.utils.data.Dataset):
+    """Image i, decoded and cropped for evaluation."""
+
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return plain_crop(self.images.decode(i), self.size)
+
+
+def quiet_worker(_):
+    """Loader workers leave signals to the main process, and one thread each is enough."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def batches(images, size, batch=256, workers=0, mine=True, order=None):
+    """Yields (positions, uint8 (b, 3, size, size)) in fixed batches of the listing, or of the indices `order`; with
+    mine, only those of this process (every world_size-th)."""
+    order = np.arange(len(images)) if order is None else np.asarray(order)
+    blocks = [np.arange(a, min(a + batch, len(order))) for a in range(0, len(order), batch)]
+    blocks = blocks[rank()::world_size()] if mine else blocks
+    if images.packed is not None:
+        for block in blocks:
+            yield block, plain_crop(images.packed[torch.from_numpy(order[block])], size)
+        return
+    loader = torch.utils.data.DataLoader(PlainCrops(images, size), batch_sampler=[order[b].tolist() for b in blocks],
+                                         num_workers=workers, worker_init_fn=quiet_worker)
+    yield from zip(blocks, loader)
+
+
+@torch.no_grad()
+def embed(net, images, path=None, *, size, device, amp="auto", workers=0, batch=256, what="features"):
+    """Pooled features of every image at its index: float32 (N, D) on the CPU, on every process. path: a sub-net's, or
+    None for the largest network (or for a plain network). Batches are shared out over the processes."""
+    net.eval()
+    table, began, done = None, time.time(), 0
+    for block, pixels in batches(images, size, batch, workers):
+        with autocast(device, amp):
+            x = plain_input(pixels, device)
+            f = (net(x) if path is None else net(x, path)).float().cpu()
+        table = torch.zeros(len(images), f.shape[1]) if table is None else table
+        table[torch.from_numpy(block)] = f
+        Signals.poll()
+        done += len(block)
+        if time.time() - began > 5 and sys.stdout.isatty():
+            say(f"\r{what}: {done * world_size():,} of {len(images):,}", end="")
+    if world_size() > 1:
+        table = torch.zeros(len(images), net.features if path is None else net.sub_features) if table is None else table
+        table = table.to(device)
+        dist.all_reduce(table)                         # each row is on one process: the sum is a gather
+        table = table.cpu()
+    return table
+
+
+def knn(train, labels, queries, classes, k=20, temperature=0.07, leave_one_out=False, chunk=1024):
+    """Weighted nearest neighbours. train (N, D), queries (Q, D): features, any scale; labels int64 (N,), or 0/1 (N, C).
+
+    The k most similar training images (cosine) vote with exp(cos / temperature); k shrinks to what there is. With
+    leave_one_out the queries ARE the training images and none votes for itself. Returns each class's share of the
+    votes, float32 (Q, C). Chunked: memory for `chunk` rows of similarities at a time."""
+    train = F.normalize(train.float())
+    queries = train if leave_one_out else F.normalize(queries.float())
+    votes = labels.float() if labels.dim() > 1 else F.one_hot(labels, classes).float()
+    k = min(k, len(train) - 1 if leave_one_out else len(train))
+    shares = torch.empty(len(queries), votes.shape[1], device=queries.device)
+    for a in range(0, len(queries), chunk):
+        similarity = queries[a:a + chunk] @ train.T    # (chunk, N)
+        if leave_one_out:
+            rows = torch.arange(len(similarity), device=similarity.device)
+            similarity[rows, rows + a] = -math.inf
+        near, index = similarity.topk(k)
+        weight = torch.softmax(near / temperature, 1)  # (chunk, k): exp(cos/T), normalised without overflow
+        shares[a:a + chunk] = torch.einsum("qk,qkc->qc", weight, votes[index])
+    return shares
+
+
+def score(shares, labels, metric):
+    """Percent, from class scores (Q, C) and labels: "top-1", "mean-per-class" accuracy, or "mAP", the mean over
+    classes of 11-point average precision (VOC2007's rule), for labels (Q, C) of 0/1."""
+    if metric == "mAP":
+        points = []
+        for c in range(labels.shape[1]):
+            hit = labels[shares[:, c].argsort(descending=True, stable=True), c].double()
+            if hit.sum() == 0:
+                continue
+            recall, precision = hit.cumsum(0) / hit.sum(), hit.cumsum(0) / torch.arange(1, len(hit) + 1)
+            points.append(np.mean([precision[recall >= r - 1e-12].max().item() for r in np.linspace(0, 1, 11)]))
+        return 100 * float(np.mean(points))
+    right = (shares.argmax(1) == labels).double()
+    if metric == "top-1":
+        return 100 * right.mean().item()
+    return 100 * float(np.mean([right[labels == c].mean().item() for c in labels.unique()]))
+
+
+def knn_score(train, test, task, k=20):
+    """kNN percent on a task's test images from features train (N, D) and test (M, D), in the task's metric."""
+    shares = knn(train, task.train.labels, test, len(task.train.classes), k)
+    return score(shares, task.test.labels, task.metric)
+
+
+# ---------------------------------------------------------------------------- the model that is trained
+
+class Head(nn.Module):
+    """An MLP of several streams: Linear, BatchNorm, ReLU, ..., Linear; last_norm: a BatchNorm without affine at the
+    end (the projector's). Its first layer can be sliced on the input side, for features of a sub-net."""
+
+    def __init__(self, widths, last_norm):
+        super().__init__()
+        count = len(widths) - 1
+        self.linears = nn.ModuleList(nn.Linear(a, b, bias=not last_norm and i == count - 1)
+                                     for i, (a, b) in enumerate(zip(widths, widths[1:])))
+        self.norms = nn.ModuleList(BatchNorm(b, affine=i < count - 1) for i, b in enumerate(widths[1:]) if last_norm or i < count - 1)
+
+    def forward(self, xs, inps=None, mode="batch"):
+        for i, linear in enumerate(self.linears):
+            weights = sdrnet.cut_all(linear.weight, [None] * len(xs), inps if i == 0 else None)
+            xs = [F.linear(x, w, linear.bias) for x, w in zip(xs, weights)]
+            if i < len(self.norms):
+                xs = self.norms[i](xs, mode=mode)
+            if i < len(self.linears) - 1:
+                xs = [F.relu(x) for x in xs]
+        return xs
+
+
+def cosine_loss(p, z):
+    """D(p, z) = -cos(p, sg(z)), the mean over the rows, in fp32 at least. p, z: (B, d)."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return -F.cosine_similarity(p.to(wide), z.detach().to(wide), dim=1).mean()
+
+
+def symmetric(p, z, distance=cosine_loss):
+    """distance(p1, z2)/2 + distance(p2, z1)/2 for rows [view 1; view 2]: (2B, d)."""
+    (p1, p2), (z1, z2) = p.chunk(2), z.chunk(2)
+    return distance(p1, z2) / 2 + distance(p2, z1) / 2
+
+
+def spread(z):
+    """std * sqrt(d) of normalised z (B, d): about 1 when healthy, 0 when collapsed."""
+    z = F.normalize(z.detach().float(), dim=1)
+    return z.std(0).mean() * z.shape[1] ** 0.5
+
+
+class SDR(nn.Module):
+    """Supernet, projector, predictor h, and the second predictor q of SiamKD; forward returns the loss of a step."""
+
+    def __init__(self, net, layers=2, width=512, distill="siamkd", kd_weight=1.0):
+        super().__init__()
+        self.net, self.distill, self.kd_weight = net, distill, kd_weight
+        self.projector = Head([net.features] + [width] * layers, last_norm=True)
+        self.predictor = Head([width, width // 4, width], last_norm=False)
+        self.distiller = Head([width, width // 4, width], last_norm=False)
+
+    def forward(self, x, sub_x=None, paths=()):
+        """x: (2B, 3, S, S), view 1 then view 2 of the largest network's images. sub_x: (m 2b, 3, S, S), for each of the
+        m sub-nets view 1 then view 2 of its b images; paths: theirs. Returns the loss and a vector of what to log:
+        loss of W_0, mean loss of the sub-nets, mean KD, std of W_0, lowest std of a sub-net."""
+        net, zero = self.net, x.new_zeros(())
+        f = net.streams([net.stem(x, "batch")], [None], "batch")
+        z, = self.projector(f)
+        loss = own = symmetric(self.predictor([z])[0], z)                        # L_ssl(D0; W0)
+        if not paths:
+            idle = sum(p.sum() for p in self.distiller.parameters()) * 0         # every parameter has a gradient, for DDP
+            return loss + idle, torch.stack([own.detach(), zero, zero, spread(z), zero + math.inf])
+        s = net.stem(sub_x, "last")
+        with torch.no_grad():                          # z_0 of the same images: what the largest network is right now
+            teacher, = self.projector(net.streams([s], [None], "last"), mode="last")
+        teachers, m = teacher.chunk(len(paths)), len(paths)
+        fs = net.streams(list(s.chunk(m)), list(paths), "batch")
+        zs = self.projector(fs, [net.cut(net.features, p[-1]) for p in paths])
+        ssl = sum(symmetric(p, z_i) for p, z_i in zip(self.predictor(zs), zs)) / m             # L_ssl(D_i; W_i)
+        if self.distill == "siamkd":
+            kd = sum(symmetric(q, z_0) for q, z_0 in zip(self.distiller(zs), teachers)) / m
+        elif self.distill == "l2":
+            kd = sum(F.mse_loss(z_i.float(), z_0.float()) for z_i, z_0 in zip(zs, teachers)) / m
+        else:
+            kd = zero
+        if self.distill != "siamkd":
+            kd = kd + sum(p.sum() for p in self.distiller.parameters()) * 0
+        lowest = torch.stack([spread(z_i) for z_i in zs]).min()
+        return loss + ssl + self.kd_weight * kd, torch.stack([own.detach(), ssl.detach(), kd.detach(), spread(z), lowest])
+
+
+@torch.no_grad()
+def calibrate(net, images, clusters, *, size, device, amp, workers, seed, limit=8192, batch=512):
+    """Measures the BatchNorm statistics for inference on plainly cropped images of the pre-training set.
+
+    The largest network's by a uniform sample. Then stage by stage each prefix's, by a sample of the images whose
+    cluster begins with it, the stages before running on their final statistics. At most `limit` images each."""
+    rng, began = np.random.default_rng([seed, 77]), time.time()
+
+    def passes(members, stage, prefix):
+        order = np.sort(rng.permutation(members)[:limit])
+        for _, pixels in batches(images, size, batch, workers, order=rng.permutation(order)):
+            with autocast(device, amp):
+                x = plain_input(pixels, device)
+                if prefix is None:
+                    net.streams([net.stem(x, "collect")], [None], "collect")
+                else:
+                    x = [net.stem(x)]
+                    for s in range(stage + 1):
+                        x = net.stage(s, x, [prefix[:s + 1]], "collect" if s == stage else "saved")
+            Signals.poll()
+
+    passes(np.arange(len(images)), None, None)
+    net.finish_statistics()
+    for stage in range(sdrnet.STAGES if clusters is not None else 0):
+        below = net.groups ** (sdrnet.STAGES - 1 - stage)              # paths that share a prefix
+        for slot in range(net.groups ** (stage + 1)):
+            passes(np.flatnonzero(clusters // below == slot), stage, index_to_path(slot * below, net.groups)[:stage + 1])
+        net.finish_statistics(stage)
+    say(f"statistics for inference measured in {time.time() - began:.0f} s")
+
+
+# ---------------------------------------------------------------------------- the plan of a run
+
+class Plan:
+    """Which images and sub-nets each step takes: a function of (seed, step) alone, the same on every process."""
+
+    def __init__(self, count, batch, epochs, seed, clusters=None, groups=1, subnets=4, phases=(1,)):
+        self.count, self.batch, self.seed, self.clusters, self.groups, self.subnets = count, batch, seed, clusters, groups, subnets
+        self.steps = max(1, math.ceil(epochs * count / batch))
+        self.rows = batch // (2 * subnets)             # images per sub-net
+        ends = np.cumsum(phases) / sum(phases) * self.steps
+        self.phase_ends = [int(round(e)) for e in ends]
+        self.members = None if clusters is None else [np.flatnonzero(clusters == i) for i in range(groups ** sdrnet.STAGES)]
+        self.permutations = {}
+
+    def phase(self, step):
+        return 0 if self.clusters is None else next(p for p, end in enumerate(self.phase_ends) if step < end)
+
+    def uniform(self, step):
+        """B indices: the next ones of an endless row of permutations of the images, an epoch each."""
+        chosen = []
+        for at in range(step * self.batch, (step + 1) * self.batch):
+            epoch, place = divmod(at, self.count)
+            if epoch not in self.permutations:
+                if len(self.permutations) > 2:
+                    self.permutations.clear()
+                self.permutations[epoch] = np.random.default_rng([self.seed, 1, epoch]).permutation(self.count)
+            chosen.append(self.permutations[epoch][place])
+        return np.array(chosen)
+
+    def step(self, step):
+        """(indices of the largest network's B images, [(sub-net, indices of its images), ...])."""
+        phase = self.phase(step)
+        if phase == 0:
+            return self.uniform(step), []
+        rng = np.random.default_rng([self.seed, 2, step])
+        space = self.groups ** phase                   # the paths whose first 4 - phase digits are 0 come first
+        sizes = np.array([len(self.members[i]) for i in range(space)], float)
+        chosen = rng.choice(space, min(self.subnets, space), replace=False, p=sizes / sizes.sum())
+        return self.uniform(step), [(int(i), rng.choice(self.members[i], self.rows, replace=len(self.members[i]) < self.rows)) for i in chosen]
+
+    def mine(self, step):
+        """This process's part of a step: (indices, their rows in the table of draws, sub-nets, rows of all in the table)."""
+        world, r = world_size(), rank()
+        uniform, subs = self.step(step)
+        part = lambda n: np.arange(n * r // world, n * (r + 1) // world)
+        rows = [part(self.batch)]
+        index = [uniform[rows[0]]]
+        for j, (_, chosen) in enumerate(subs):
+            own = part(self.rows)
+            index.append(chosen[own])
+            rows.append(self.batch + j * self.rows + own)
+        return np.concatenate(index), np.concatenate(rows), [i for i, _ in subs], self.batch + len(subs) * self.rows
+
+
+class TrainCrops(torch.utils.data.Dataset):
+    """(image index, its two rows of uniform numbers) -> two crops, uint8 (2, 3, S, S). An image that cannot be read
+    gives its error instead: the main process decides."""
+
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+
+    def __getitem__(self, item):
+        from torchvision.transforms.v2 import functional as T
+        i, u = item
+        try:
+            image = self.images.decode(i)
+        except InputError as error:
+            return str(error)
+        boxes = torch.stack(crop_boxes(u, *image.shape[1:]), 1).tolist()
+        return torch.stack([T.resized_crop(image, *box, [self.size, self.size], antialias=True) for box in boxes])
+
+
+def training_batches(images, plan, first, *, size, seed, device, workers):
+    """Yields (step, x (2B', 3, S, S), sub_x or None, sub-nets) of this process, from step `first` on."""
+    def tables():
+        for step in range(first, plan.steps):
+            index, rows, subs, total = plan.mine(step)
+            yield index, draws(seed, step, total)[torch.from_numpy(rows)]
+    if images.packed is None:
+        loader = torch.utils.data.DataLoader(
+            TrainCrops(images, size), batch_sampler=([(int(i), row) for i, row in zip(*t)] for t in tables()),
+            num_workers=workers, worker_init_fn=quiet_worker, collate_fn=list, prefetch_factor=3 if workers else None)
+        source = iter(loader)
+    else:
+        pool = images.packed.to(device) if images.packed.numel() < 8 << 30 else images.packed
+    for step in range(first, plan.steps):
+        index, rows, subs, total = plan.mine(step)
+        u = draws(seed, step, total)[torch.from_numpy(rows)]
+        if images.packed is None:
+            crops = next(source)
+            broken = [c for c in crops if isinstance(c, str)]
+            if broken:
+                error = InputError(broken[0])
+                error.one_rank = True
+                raise error
+            crops = torch.stack(crops).to(device, non_blocking=True)
+            both = [views(crops[:, v], u[:, v], size, cropped=True) for v in (0, 1)]
+        else:
+            pixels = pool[torch.from_numpy(index).to(pool.device)].to(device)
+            both = [views(pixels, u[:, v], size) for v in (0, 1)]
+        m = len(subs)
+        b = (len(index) - (len(index) if m == 0 else 0)) if m == 0 else None
+        own = len(index) if m == 0 else int((rows < plan.batch).sum())
+        x = torch.cat([v[:own] for v in both])
+        sub_x = None
+        if m:
+            sub_x = torch.stack([v[own:].unflatten(0, (m, -1)) for v in both], 1).flatten(0, 2)    # (m, 2, b, ...) -> (m 2b, ...)
+            sub_x = sub_x.contiguous(memory_format=torch.channels_last)
+        yield step, x.contiguous(memory_format=torch.channels_last), sub_x, subs
+
+
+# ---------------------------------------------------------------------------- training
+
+class Log:
+    """log.jsonl, each step once (lines after a resumed step are dropped), and the one line that moves."""
+
+    def __init__(self, path, step):
+        self.path, self.lines, self.width = path, [], 0
+        if rank() == 0:
+            kept = [line for line in open(path) if line.endswith("\n") and json.loads(line)["step"] < step] if os.path.exists(path) else []
+            with open(path, "w") as file:
+                file.writelines(kept)
+
+    def add(self, **values):
+        self.lines.append(json.dumps(values) + "\n")
+
+    def flush(self):
+        if rank() == 0 and self.lines:
+            with open(self.path, "a") as file:
+                file.writelines(self.lines)
+        self.lines = []
+
+
+def learning_rates(optimizer, base, step, steps):
+    """One cosine over the run; the predictors' rate stays constant, as SimSiam found best."""
+    for group in optimizer.param_groups:
+        group["lr"] = base if group["constant"] else base * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def make_optimizer(model, args):
+    """SGD; weight decay leaves BatchNorm and biases alone; the predictors keep a constant learning rate."""
+    groups = {}
+    for name, p in model.named_parameters():
+        key = "predictor" in name or "distiller" in name, p.dim() > 1
+        groups.setdefault(key, []).append(p)
+    return torch.optim.SGD([{"params": ps, "constant": constant, "weight_decay": args.weight_decay if decay else 0.0}
+                            for (constant, decay), ps in groups.items()], lr=args.lr, momentum=0.9)
+
+
+def agree(values, device):
+    """The mean over the processes of a vector of floats, in float64: one all-reduce."""
+    table = values.double().to(device)
+    if world_size() > 1:
+        dist.all_reduce(table)
+        table /= world_size()
+    return table.tolist()
+
+
+def keep(path, older, content):
+    """Saves the state to continue from, keeping the one before."""
+    if rank() == 0:
+        sdrnet.save(path + ".new", content)
+        if os.path.exists(path):
+            os.replace(path, older)
+        os.replace(path + ".new", path)
+
+
+def resume(paths, config):
+    """The newest whole state among `paths` (newest first), or None. Refuses one of other arguments."""
+    for i, path in enumerate(paths):
+        if not os.path.exists(path):
+            continue
+        try:
+            state = sdrnet.load(path, ("training",))
+        except InputError as error:
+            if not any(os.path.exists(p) for p in paths[i + 1:]):
+                raise InputError(f"{error}; start anew with --fresh") from None
+            say(f"{error}; falling back to {paths[i + 1]}")
+            continue
+        same_run(state["config"], config, path)
+        return state
+    return None
+
+
+def same_run(old, new, path):
+    """Raises InputError that names the arguments which differ from those that `path` was written with."""
+    changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k)]
+    if changed:
+        raise InputError(f"{path} was made with other arguments ({'; '.join(changed)}): use them again, another --out, or --fresh")
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def train(model, images, plan, args, device, paths, config, tasks):
+    """The loop: from the state in <out>/*.last.pt, if any, to the last step. Returns images seen and seconds."""
+    optimizer = make_optimizer(model, args)
+    state = resume(paths, config)
+    first, seen, spent = 0, 0, 0.0
+    if state:
+        first, seen, spent = state["step"], state["images_seen"], state["seconds"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"continuing {paths[0]} at step {first} of {plan.steps}")
+    log = Log(paths[0].replace(".last.pt", ".log.jsonl"), first)
+    wrapped = model
+    if world_size() > 1:
+        wrapped = nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
+                                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+    began = saved = shown = time.time()
+    wait, drawn, per_epoch = 0.0, 0, max(1, round(len(images) / plan.batch))
+    last_values, best_of_log = None, None
+
+    def snapshot(step):
+        log.flush()
+        keep(paths[0], paths[1], {"format": sdrnet.FORMAT, "kind": "training", "config": config, "step": step, "images_seen": seen,
+                                  "seconds": spent + time.time() - began, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+    model.train()
+    mark = time.time()
+    for step, x, sub_x, subs in training_batches(images, plan, first, size=args.image_size, seed=args.seed, device=device, workers=args.workers):
+        wait += time.time() - mark
+        if subs and (step == 0 or not plan.phase(step - 1)):           # sub-nets enter: q starts as a copy of h
+            model.distiller.load_state_dict(model.predictor.state_dict())
+        learning_rates(optimizer, args.lr, step, plan.steps)
+        with autocast(device, args.amp):
+            loss, values = wrapped(x, sub_x, [index_to_path(i, plan.groups) for i in subs])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        flags = torch.stack([loss.detach(), *values, (~torch.isfinite(loss)).to(loss), loss.new_tensor(float(Signals.caught or 0))])
+        total, own, ssl, kd, std, low, bad, stop = agree(flags, device)
+        if bad:
+            log.flush()
+            raise InputError(f"step {step}: the loss is not finite (largest network {own:.4g}, sub-nets {subs} {ssl:.4g}, distillation {kd:.4g}); "
+                             f"the last good state is in {paths[0]}: try a lower --lr")
+        optimizer.step()
+        seen += plan.batch + len(subs) * plan.rows
+        drawn += plan.batch + len(subs) * plan.rows
+        line = {"step": step, "epoch": round((step + 1) * plan.batch / len(images), 3), "phase": plan.phase(step), "loss": total, "own": own, "std": std,
+                "lr": optimizer.param_groups[0]["lr"] if not optimizer.param_groups[0]["constant"] else args.lr}
+        if subs:
+            line.update(subnets=subs, ssl=ssl, kd=kd, std_sub=low)
+        log.add(**line)
+        if min(std, low) < args.collapse_std:
+            say(f"\nwarning: step {step}: std {std:.3f}, lowest of the sub-nets {low:.3f}: features collapse (healthy is near 1)")
+            if args.stop_on_collapse:
+                snapshot(step + 1)
+                raise InputError(f"step {step}: features collapsed (std {std:.3f}, sub-nets {low:.3f}), and --stop-on-collapse was given")
+        last, end = step + 1 == plan.steps, (step + 1) % per_epoch == 0
+        if sys.stdout.isatty() and time.time() - shown > 0.5 or end or last:
+            shown, elapsed = time.time(), time.time() - began
+            eta = elapsed / (step + 1 - first) * (plan.steps - step - 1)
+            text = (f"epoch {(step + 1) * plan.batch / len(images):6.1f}  phase {line['phase']}  loss {own:+.3f}" + (f" sub {ssl:+.3f} kd {kd:+.3f}" if subs else "")
+                    + f"  std {std:.2f}" + (f"/{low:.2f}" if subs else "") + f"  lr {line['lr']:.4f}  {drawn / elapsed:.0f} img/s  wait {100 * wait / elapsed:.0f}%  eta {clock(eta)}")
+            say(f"\r{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and not (end or last) else "\n")
+        if tasks and (last or end and (step + 1) // per_epoch % args.monitor_every == 0):
+            monitor(model.net, tasks, args, device, line, log)
+            model.train()
+        if stop:
+            snapshot(step + 1)
+            Signals.caught = Signals.caught or signal.SIGTERM
+            raise Stopped()
+        unit = step + 1 - first if args.save_every[1] == "steps" else (time.time() - saved) / 60
+        due = agree(torch.tensor([float(unit >= args.save_every[0] if args.save_every[1] == "minutes" else unit % args.save_every[0] == 0)]), device)[0]
+        if due and not last:
+            snapshot(step + 1)
+            saved = time.time()
+        mark = time.time()
+    snapshot(plan.steps)
+    return seen, spent + time.time() - began
+
+
+def monitor(net, tasks, args, device, line, log):
+    """kNN accuracy of the largest network on the monitor tasks, with its running statistics; on every process."""
+    for task in tasks:
+        train, test = (embed(net, part, size=args.image_size, device=device, amp=args.amp, workers=args.workers) for part in (task.train, task.test))
+        accuracy = knn_score(train, test, task)
+        say(f"  kNN {task.name} {accuracy:.1f} %")
+        log.add(step=line["step"], monitor=task.name, knn=accuracy)
+
+
+# ---------------------------------------------------------------------------- the command
+
+RECIPES = {                                            # values that no option gave
+    "toy":   dict(arch="resnet18", width=16, small_stem=True, image_size=32, epochs=8, batch_size=128, lr=0.06, weight_decay=5e-4, layers=2, head=512),
+    "small": dict(arch="resnet18", width=64, small_stem=True, image_size=None, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048),
+    "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048),
+}
+NOT_COMPARED = {"out", "device", "workers", "root", "download", "save_every", "fresh", "monitor_task", "monitor_every", "stop_on_collapse", "collapse_std"}
+
+
+def parse(argv=None):
+    parser = Parser(__doc__)
+    data_options(parser)
+    group = parser.add_argument_group("network (defaults depend on the images: toy, small, or else the published recipe)")
+    group.add_argument("--arch", choices=tuple(sdrnet.ARCHS))
+    group.add_argument("--width", type=int, help="channels of the stem and of the first stage")
+    group.add_argument("--small-stem", action=argparse.BooleanOptionalAction, default=None, help="3x3 stride 1, no pooling")
+    group.add_argument("--image-size", type=int)
+    group.add_argument("--head", type=int, help="width of the projector")
+    group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: the simsiam.pt in --out")
+    group = parser.add_argument_group("SDR")
+    group.add_argument("--clusters", help="clusters.npy of cluster.py; without it the largest network trains alone, which is SimSiam")
+    group.add_argument("--groups", type=int, help="individual groups per stage; default: the fourth root of the number of clusters")
+    group.add_argument("--shared", type=float, default=0.5, help="share of a stage's channels in its shared group")
+    group.add_argument("--subnets", type=int, default=4, help="m, sub-nets per step")
+    group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="siamkd")
+    group.add_argument("--kd-weight", type=float, default=1.0, help="lambda")
+    group.add_argument("--phases", default="1,1,1,1,4", help="shares of the epochs: largest network alone, then g, g^2, g^3, g^4 sub-nets")
+    group.add_argument("--no-progressive", action="store_true", help="all sub-nets from the first step (the paper's ablation)")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=float, help="of images drawn for the largest network")
+    group.add_argument("--batch-size", type=int, help="B, over all processes")
+    group.add_argument("--lr", type=float)
+    group.add_argument("--weight-decay", type=float)
+    group = common_options(parser)
+    group.add_argument("--save-every", default="10m", help="steps (500) or minutes (10m) between states to continue from")
+    group.add_argument("--fresh", action="store_true", help="start anew; this run's old files are moved to *.bak")
+    group.add_argument("--monitor-task", action="append", default=[], help="kNN accuracy on this task while training; repeatable")
+    group.add_argument("--monitor-every", type=int, default=10, help="epochs between them")
+    group.add_argument("--collapse-std", type=float, default=0.1, help="std * sqrt(d) below which features count as collapsed")
+    group.add_argument("--stop-on-collapse", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        text = args.save_every
+        args.save_every = (float(text[:-1]), "minutes") if text.endswith("m") else (int(text), "steps")
+        args.phases = tuple(float(p) for p in args.phases.split(","))
+    except ValueError:
+        raise InputError("--save-every takes 500 or 10m, --phases five numbers as in 1,1,1,1,4") from None
+    if args.no_progressive:
+        args.phases = (0.0, 0.0, 0.0, 0.0, 1.0)
+    if len(args.phases) != 5 or min(args.phases) < 0 or sum(args.phases) == 0 or args.save_every[0] <= 0:
+        raise InputError("--phases takes five shares, none negative and not all 0; --save-every a positive number")
+    return args
+
+
+def load_clusters(path, images):
+    """clusters.npy checked against this listing: int64 (N,), and k = g^4. Returns it and g. Raises InputError."""
+    clusters = load_array(path, "i", 1)
+    if len(clusters) != len(images):
+        raise InputError(f"{path} has {len(clusters)} entries and --data {len(images)} images: it was made from another listing")
+    k, note = int(clusters.max()) + 1, os.path.splitext(path)[0] + ".json"
+    if clusters.min() < 0:
+        raise InputError(f"{path} holds negative clusters")
+    if os.path.exists(note):
+        try:
+            about = json.load(open(note))
+            k, sha = int(about["k"]), about["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{note} is damaged: run cluster.py again") from None
+        if sha != images.fingerprint:
+            raise InputError(f"{path} was made from another listing of images (names or seed differ): run cluster.py on this --data")
+        if clusters.max() >= k:
+            raise InputError(f"{path} holds cluster {clusters.max()} but {note} says k = {k}")
+    else:
+        say(f"warning: no {note} beside it, so only the length of {path} was checked")
+    g = round(k ** 0.25)
+    if g ** 4 != k:
+        raise InputError(f"{path} has {k} clusters, which is not g^4: 1, 16, 81, 256, ... sub-nets are possible")
+    empty = np.setdiff1d(np.arange(k), clusters)
+    if len(empty):
+        raise InputError(f"{path}: cluster {empty[0]} has no image")
+    return clusters.astype(np.int64), g
+
+
+def fill_defaults(args, images):
+    """Values in force: what was given, else the recipe for these images."""
+    recipe = "toy" if args.data == "toy" else "small" if images.packed is not None else "large"
+    for key, value in RECIPES[recipe].items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    if args.image_size is None:
+        args.image_size = int(min(images.packed.shape[2:]))
+    if recipe == "large" and args.lr == RECIPES["large"]["lr"]:
+        args.lr = 0.05 * args.batch_size / 256
+    if args.image_size < 8 or args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0 or args.subnets < 1:
+        raise InputError("--image-size must be at least 8, --epochs, --lr and --subnets positive, --batch-size at least 2")
+    if args.batch_size % world_size():
+        raise InputError(f"--batch-size {args.batch_size} does not divide among {world_size()} processes")
+    if args.clusters and args.batch_size % (2 * args.subnets * world_size()):
+        raise InputError(f"--batch-size {args.batch_size} does not divide into 2 x {args.subnets} sub-nets x {world_size()} processes: "
+                         f"each sub-net takes B/(2m) images in a step; take a multiple of {2 * args.subnets * world_size()}")
+
+
+def initial_weights(model, path, args):
+    """--init: a simsiam.pt (network and heads), or a torchvision ResNet's state dict (network). Prints what was loaded."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True) if os.path.isfile(path) else None
+    except Exception as error:
+        raise InputError(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})") from None
+    if content is None:
+        raise InputError(f"no file {path} to start from")
+    ours = isinstance(content, dict) and "format" in content
+    weights = dict(sdrnet.load(path, ("simsiam", "sdrnet"))["backbone"]) if ours else {k: v for k, v in dict(content).items() if not k.startswith("fc.")}
+    own = model.net.state_dict()
+    wrong = [k for k in sorted(set(own) | set(weights)) if k not in own or k not in weights or own[k].shape != weights[k].shape]
+    if wrong:
+        k = wrong[0]
+        raise InputError(f"{path} is of another architecture than {args.arch} of width {args.width}{' with small stem' if args.small_stem else ''}: "
+                         f"{k} is {tuple(weights[k].shape) if k in weights else 'missing'} there, {tuple(own[k].shape) if k in own else 'missing'} here")
+    model.net.load_state_dict(weights)
+    heads = 0
+    if ours:
+        for name, part in content["heads"].items():
+            module = getattr(model, name)
+            if {k: v.shape for k, v in part.items()} == {k: v.shape for k, v in module.state_dict().items()}:
+                module.load_state_dict(part)
+                heads += len(part)
+    say(f"{path}: loaded {len(weights)} of {len(own)} tensors of the network, {heads} of the heads")
+
+
+@torch.no_grad()
+def centroids_of(net, images, clusters, k, **options):
+    """The mean feature of everything and, with it subtracted from normalised features, each cluster's normalised mean:
+    (D,), (k, D). New images are assigned by these (`cluster.assign`)."""
+    f = F.normalize(embed(net, images, what="centroids", **options))
+    mean = f.mean(0)
+    index = torch.from_numpy(clusters)
+    sums = torch.zeros(k, f.shape[1]).index_add_(0, index, f - mean)
+    return mean, F.normalize(sums)
+
+
+def main():
+    args = parse()
+    device = start(args)
+    images = open_images(args).pack()
+    groups = 1
+    clusters = None
+    if args.clusters:
+        clusters, groups = load_clusters(args.clusters, images)
+        if args.groups not in (None, groups):
+            raise InputError(f"--groups {args.groups} does not fit {args.clusters}: its {groups ** 4} clusters are {groups}^4")
+    fill_defaults(args, images)
+    args.groups = groups if clusters is not None else args.groups or 1
+    tasks = open_tasks(args.monitor_task, args.seed)
+    for task in tasks:
+        task.train.pack(), task.test.pack()
+    kind = "simsiam" if clusters is None else "sdrnet"
+    final, last, older = (os.path.join(args.out, f"{kind}{ending}.pt") for ending in ("", ".last", ".prev"))
+    if clusters is not None and args.init is None and os.path.exists(os.path.join(args.out, "simsiam.pt")):
+        args.init = os.path.join(args.out, "simsiam.pt")
+    config = {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(args).items() if k not in NOT_COMPARED}
+    config["images"] = images.fingerprint
+    if clusters is not None:
+        config["clusters_sha256"] = hashlib.sha256(clusters.tobytes()).hexdigest()
+
+    net = SDRNet(args.arch, args.width, args.groups, args.shared, args.small_stem)
+    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight)
+    if args.init not in (None, "none"):
+        initial_weights(model, args.init, args)
+    if rank() == 0:
+        os.makedirs(args.out, exist_ok=True)
+        if args.fresh:
+            for path in (final, last, older, last.replace(".last.pt", ".log.jsonl")):
+                if os.path.exists(path):
+                    os.replace(path, path + ".bak")
+    if world_size() > 1:
+        dist.barrier()
+    if os.path.exists(final):
+        same_run(sdrnet.load(final, (kind,))["origin"]["config"], config, final)
+        say(f"{final} is finished; --fresh trains it anew")
+        return
+    model.to(device, memory_format=torch.channels_last)
+    plan = Plan(len(images), args.batch_size, args.epochs, args.seed, clusters, groups, args.subnets, args.phases)
+    say(f"{kind}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
+        + (f", {groups ** 4} sub-nets of {net.sub_features / net.features:.3f} width, phases end at {plan.phase_ends}" if clusters is not None else "")
+        + f"; {device.type}, {world_size()} process(es), {torch.get_num_threads()} threads")
+    say("values in force: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v not in (None, [], False)))
+    seen, seconds = train(model, images, plan, args, device, (last, older), config, tasks)
+    options = dict(size=args.image_size, device=device, amp=args.amp, workers=args.workers)
+    calibrate(net, images, clusters, seed=args.seed, **options)
+    more = {}
+    if clusters is not None:
+        more["feature_mean"], more["centroids"] = centroids_of(net, images, clusters, groups ** 4, **options)
+        more["cluster_sizes"] = torch.from_numpy(np.bincount(clusters, minlength=groups ** 4))
+    if rank() == 0:
+        content = sdrnet.checkpoint(net, kind, **more, origin={"config": config, "images_seen": seen, "seconds": seconds, "torch": str(torch.__version__)},
+                                    heads={n: {k: v.cpu() for k, v in getattr(model, n).state_dict().items()} for n in ("projector", "predictor", "distiller")})
+        content["config"]["image_size"] = args.image_size
+        sdrnet.save(final, content)
+    say(f"wrote {final}: {seen:,} images seen, {clock(seconds)}")
+
+
+if __name__ == "__main__":
+    run(main, "pretrain.py")
