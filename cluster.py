@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 import sdrnet
-from pretrain import (Parser, Signals, common_options, data_options, embed, load_array, open_images, plain_crop, rank, run, say, start)
+from pretrain import Parser, Signals, common_options, contact_sheet, data_options, embed, load_array, open_images, rank, run, save_array, say, start
 from sdrnet import InputError, world_size
 
 SHEET = 10                                             # images per cluster on the contact sheet
@@ -217,29 +217,6 @@ def cluster(array, k, device, *, eps=0.05, temperature=0.1, epochs=20, rate=1.0,
     say(f"mean cosine to the assigned centroid {about['mean_cosine']:.4f}; sizes {sizes.min()} to {sizes.max()}, median {int(np.median(sizes))}"
         + (f"; {moved} empty clusters were given their nearest image" if moved else "") + f"; {about['seconds']:.1f} s")
     return clusters, c.float().cpu().numpy(), features.mean.float().cpu().numpy(), near, about
-
-
-def contact_sheet(images, rows, path, size=64):
-    """A PNG with a row of pictures per list of indices in `rows`."""
-    from torchvision.utils import make_grid
-    from torchvision.io import write_png
-    width = max(len(r) for r in rows)
-    tiles = torch.full((len(rows) * width, 3, size, size), 255, dtype=torch.uint8)
-    for a, row in enumerate(rows):
-        for b, i in enumerate(row):
-            image = images.packed[int(i)] if images.packed is not None else images.decode(int(i))
-            tiles[a * width + b] = plain_crop(plain_crop(image, min(size, min(image.shape[1:]))), size)
-    write_png(make_grid(tiles, width, padding=2, pad_value=255), path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def save_array(path, array):
-    """An .npy written whole or not at all."""
-    with open(path + ".tmp", "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def parse(argv=None):

@@ -178,66 +178,74 @@ def _colour(u):
 def toy_images(index, seed=0):
     """The toy images of these indices: (uint8 (n, 3, 32, 32), world (n,), class in the world (n,)).
 
-    World index % 4, class (index // 4) % 8; everything else about an image is nuisance, drawn from (seed, index):
-      shapes  one blob on a plain ground; class: 3 to 6 lobes, filled or ring; any colours, place, turn
-      weaves  a texture fills the frame; class: stripes, checks, waves or dots, fine or coarse; any colours, turn
-      lands   sky over hills; class: four lights by low or high hills; the light's COLOUR is the class here
-      glyphs  dark strokes on paper; class: one of eight signs, slanted, scaled and shifted
+    World index % 4, class (index // 4) % 8; colours, places, turns, sizes and noise are drawn from (seed, index):
+      shapes  four copies of a figure on a dark ground: disc, ring, square, triangle, cross, star, bar, moon
+      weaves  a texture fills the frame: stripes, checks, waves, dots, bricks, zigzags, grid, ripples
+      lands   a skyline under a sky: flat, hills, peaks, blocks, arches, saw, trees, steps
+      glyphs  four copies of one of eight signs, dark on paper
     """
     index = np.asarray(index, np.int64)
     n, world, label = len(index), index % 4, index // 4 % TOY_CLASSES
-    u = _uniform(seed, index, 24)
-    grid = (np.arange(TOY_SIZE) + 0.5) / TOY_SIZE * 2 - 1
-    y, x = np.broadcast_to(grid[None, :, None], (n, TOY_SIZE, TOY_SIZE)), np.broadcast_to(grid[None, None], (n, TOY_SIZE, TOY_SIZE))
-    col = lambda j: u[:, j][:, None, None]             # one number per image, to meet (n, H, W)
-    edge = lambda d, width=0.06: np.clip(0.5 - d / width, 0, 1)      # signed distance -> coverage
+    u, grid = _uniform(seed, index, 40), (np.arange(TOY_SIZE) + 0.5) / TOY_SIZE * 2 - 1
     image = np.zeros((n, 3, TOY_SIZE, TOY_SIZE))
+    edge = lambda d, width=0.07: np.clip(0.5 - d / width, 0, 1)        # signed distance -> coverage
 
-    def turned(w, scale=1.0):                          # coordinates under a random turn
-        a = col(3)[w] * 2 * math.pi
-        return (np.cos(a) * x[w] + np.sin(a) * y[w]) * scale, (np.cos(a) * y[w] - np.sin(a) * x[w]) * scale
+    def choose(w, *options):                           # the option of each image's class
+        return np.select([label[w][:, None, None] == c for c in range(len(options))], np.broadcast_arrays(*options))
 
-    def mix(w, mask, front, back):
+    def paint(w, mask, front, back):
         image[w] = back + mask[:, None] * (front - back)
 
-    w = world == 0
-    cx, cy, radius = x[w] - 0.6 * (col(0)[w] - 0.5), y[w] - 0.6 * (col(1)[w] - 0.5), 0.45 + 0.2 * col(2)[w]
-    lobes, ring = 3 + label[w] % 4, label[w] // 4
-    outline = radius * (1 + 0.28 * np.cos(lobes[:, None, None] * (np.arctan2(cy, cx) + 2 * math.pi * col(3)[w])))
-    d = np.hypot(cx, cy) - outline
-    d = np.where(ring[:, None, None] == 1, np.abs(d + 0.12) - 0.09, d)
-    mix(w, edge(d), _colour(u[w, 4:7] * [1, 0.4, 0.4] + [0, 0.6, 0.6]), _colour(u[w, 7:10] * [1, 0.3, 0.3] + [0, 0.1, 0.1]))
+    def four(w, size):                                 # coordinates (x, y) of four cells, each shifted, turned and scaled
+        for c in range(4):
+            p = lambda j: u[w, 10 + 5 * c + j][:, None, None]
+            cx, cy = (c % 2) - 0.5 + 0.3 * (p(0) - 0.5), (c // 2) - 0.5 + 0.3 * (p(1) - 0.5)
+            a, s = 0.6 * (p(2) - 0.5), size * (0.85 + 0.4 * p(3))
+            x, y = (grid[None, None, :] - cx) / s, (grid[None, :, None] - cy) / s
+            yield x, y, a, s
+
+    w, mask = world == 0, 0
+    for x, y, a, s in four(w, 0.36):
+        x, y = np.cos(a) * x + np.sin(a) * y, np.cos(a) * y - np.sin(a) * x
+        r, t = np.hypot(x, y), np.arctan2(y, x)
+        d = choose(w, r - 0.9, np.abs(r - 0.7) - 0.22, np.maximum(np.abs(x), np.abs(y)) - 0.75, r * np.cos((t + math.pi / 3) % (2 * math.pi / 3) - math.pi / 3) - 0.5,
+                   np.minimum(np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.95), np.maximum(np.abs(y) - 0.27, np.abs(x) - 0.95)), r - 0.62 * (1 + 0.45 * np.cos(5 * t)),
+                   np.maximum(np.abs(x) - 0.3, np.abs(y) - 1.0), np.maximum(r - 0.9, 0.75 - np.hypot(x - 0.5, y)))
+        mask = np.maximum(mask, edge(d * s))
+    paint(w, mask, _colour(u[w, 0:3] * [1, 0.4, 0.4] + [0, 0.6, 0.6]), _colour(u[w, 3:6] * [1, 0.4, 0.2] + [0, 0.2, 0.1]))
 
     w = world == 1
-    fine = np.where(label[w] // 4 == 1, 13.0, 7.5)[:, None, None] * (0.9 + 0.2 * col(2)[w])
-    a, b = turned(w, fine)
-    a, b, kind = a + 6 * col(0)[w], b + 6 * col(1)[w], (label[w] % 4)[:, None, None]
-    wave = np.select([kind == 0, kind == 1, kind == 2], [np.sin(a), np.sin(a) * np.sin(b) * 1.6, np.sin(a + 1.6 * np.sin(b * 0.6))],
-                     np.cos(a) + np.cos(b) - 0.9)
-    mix(w, np.clip(0.5 + 1.5 * wave, 0, 1), _colour(u[w, 4:7] * [1, 0.5, 0.4] + [0, 0.3, 0.6]), _colour(u[w, 7:10] * [1, 0.5, 0.4] + [0, 0.3, 0.1]))
+    a, f = 0.6 * (u[w, 6] - 0.5)[:, None, None], (8 + 4 * u[w, 7])[:, None, None]
+    x, y = f * grid[None, None, :], f * grid[None, :, None]
+    x, y = np.cos(a) * x + np.sin(a) * y + 6 * u[w, 8][:, None, None], np.cos(a) * y - np.sin(a) * x + 6 * u[w, 9][:, None, None]
+    saw = lambda v: np.abs((v / math.pi) % 2 - 1) * 2 - 1
+    wave = choose(w, np.sin(x), 1.6 * np.sin(x) * np.sin(y), np.sin(x + 1.8 * np.sin(y)), np.cos(x) + np.cos(y) - 0.8,
+                  np.minimum(np.cos(y), np.cos(x / 2 + math.pi / 2 * (np.floor(y / (2 * math.pi)) % 2))) * 2 + 1, np.sin(x + 2.4 * saw(y)), np.maximum(np.cos(x), np.cos(y)) * 2 - 1.2, np.sin(1.2 * np.hypot(x - 6, y - 6)))
+    paint(w, np.clip(0.5 + 1.5 * wave, 0, 1), _colour(u[w, 0:3] * [1, 0.5, 0.3] + [0, 0.3, 0.7]), _colour(u[w, 3:6] * [1, 0.5, 0.3] + [0, 0.4, 0.25]))
 
     w = world == 2
-    light, high = label[w] % 4, label[w] // 4
-    amplitude = np.where(high == 1, 0.38, 0.08)[:, None, None]
-    hill = 0.3 * col(0)[w] + amplitude * (np.sin(3 * x[w] + 6 * col(1)[w]) + 0.5 * np.sin(7 * x[w] + 6 * col(2)[w]))
-    sky = np.array([[0.58, 0.55, 0.95], [0.06, 0.65, 0.95], [0.66, 0.75, 0.30], [0.55, 0.10, 0.85]])[light] + (u[w, 4:7] - 0.5) * [0.06, 0.2, 0.1]
-    land = np.array([[0.30, 0.60, 0.50], [0.04, 0.60, 0.30], [0.62, 0.50, 0.12], [0.55, 0.05, 0.97]])[light] + (u[w, 7:10] - 0.5) * [0.08, 0.2, 0.1]
-    shade = (0.75 + 0.25 * y[w])[:, None]
-    mix(w, edge(hill - y[w]), _colour(np.clip(land, 0, 1)), _colour(np.clip(sky, 0, 1)) * shade)
+    x, y = grid[None, None, :] * (5 + 2 * u[w, 7])[:, None, None] + 6 * u[w, 8][:, None, None], grid[None, :, None]
+    tall = 0.5 + 0.2 * u[w, 9][:, None, None]
+    skyline = choose(w, 0 * x, np.sin(x) * 0.5 + 0.5, 0.5 + 0.5 * saw(1.4 * x), (np.sin(1.4 * x) > 0) * 1.0, np.abs(np.sin(x)), (x / 2.2) % 1.0,
+                     np.clip(1.6 * np.cos(3 * x), 0, 1), np.floor((x / 3.0 % 1.0) * 3) / 2)
+    hue = np.array([0.57, 0.06, 0.60, 0.10])[(u[w, 6] * 4).astype(int)]
+    sky = np.stack([hue + 0.05 * u[w, 0], 0.2 + 0.4 * u[w, 1], 0.75 + 0.25 * u[w, 2]], 1)
+    ground = np.stack([0.08 + 0.3 * u[w, 3], 0.3 + 0.4 * u[w, 4], 0.12 + 0.25 * u[w, 5]], 1)
+    paint(w, edge(0.45 - tall * skyline - y), _colour(ground), _colour(sky) * (0.85 + 0.15 * y)[:, None])
 
     w = world == 3
-    strokes = _uniform(7, np.arange(TOY_CLASSES), 16).reshape(TOY_CLASSES, 4, 2, 2)[label[w]] * 1.3 - 0.65   # (n, 4 strokes, 2 ends, xy)
-    slant, size = (col(3)[w] - 0.5) * 0.7, 0.8 + 0.4 * col(2)[w]
-    gx, gy = (x[w] - 0.3 * (col(0)[w] - 0.5)) / size, (y[w] - 0.3 * (col(1)[w] - 0.5)) / size
-    gx, d = gx + slant * gy, np.full(gx.shape, 9.0)
-    for s in range(4):
-        ax, ay, bx, by = (strokes[:, s, e, c][:, None, None] for e in (0, 1) for c in (0, 1))
-        t = np.clip(((gx - ax) * (bx - ax) + (gy - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2 + 1e-9), 0, 1)
-        d = np.minimum(d, np.hypot(gx - ax - t * (bx - ax), gy - ay - t * (by - ay)))
-    mix(w, edge(d - 0.05 - 0.05 * col(10)[w]), _colour(u[w, 4:7] * [1, 0.5, 0.3]), _colour(u[w, 7:10] * [1, 0.08, 0.08] + [0, 0, 0.9]))
+    strokes, paper = _uniform(12, np.arange(TOY_CLASSES), 16).reshape(TOY_CLASSES, 4, 2, 2)[label[w]] * 2 - 1, 0   # (n, 4 strokes, 2 ends, xy)
+    for x, y, a, s in four(w, 0.38):
+        x, d = x + 0.5 * np.sin(a) * y, 9.0
+        for k in range(4):
+            ax, ay, bx, by = (strokes[:, k, e, c][:, None, None] for e in (0, 1) for c in (0, 1))
+            t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2 + 1e-9), 0, 1)
+            d = np.minimum(d, np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)))
+        paper = np.maximum(paper, edge((d - 0.14) * s))
+    paint(w, paper, _colour(u[w, 0:3] * [1, 0.6, 0.35]), _colour(u[w, 3:6] * [1, 0.1, 0.08] + [0, 0, 0.9]))
 
     noise = _uniform(seed + 1, index, 3 * TOY_SIZE ** 2).reshape(image.shape) - 0.5
-    image = np.clip(image + noise * (0.02 + 0.1 * u[:, 11])[:, None, None, None], 0, 1)
+    image = np.clip(image + noise * (0.02 + 0.1 * u[:, 30])[:, None, None, None], 0, 1)
     return torch.from_numpy((image * 255).round().astype(np.uint8)), world, label
 
 
@@ -418,6 +426,29 @@ def load_array(path, kind, dims, **options):
     return array
 
 
+def contact_sheet(images, rows, path, size=64):
+    """A PNG with a row of pictures per list of indices in `rows`."""
+    from torchvision.utils import make_grid
+    from torchvision.io import write_png
+    width = max(len(r) for r in rows)
+    tiles = torch.full((len(rows) * width, 3, size, size), 255, dtype=torch.uint8)
+    for a, row in enumerate(rows):
+        for b, i in enumerate(row):
+            image = images.packed[int(i)] if images.packed is not None else images.decode(int(i))
+            tiles[a * width + b] = plain_crop(plain_crop(image, min(size, min(image.shape[1:]))), size)
+    write_png(make_grid(tiles, width, padding=2, pad_value=255), path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def save_array(path, array):
+    """An .npy written whole or not at all."""
+    with open(path + ".tmp", "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
 # ---------------------------------------------------------------------------- tasks
 
 class Task:
@@ -533,12 +564,13 @@ def colour_maps(u, mean):
     return last @ m, (last @ t[:, :, None])[:, :, 0]
 
 
-def views(images, u, size, cropped=False):
+def views(images, u, size, cropped=False, blurred=0.5):
     """One SimSiam view of each image: uint8 (n, 3, H, W), u (n, COLUMNS) -> float32 (n, 3, size, size), normalised,
-    channels_last. cropped: the images are crops of this size already (large images are cropped while decoding)."""
+    channels_last. cropped: the images are crops of this size already (large images are cropped while decoding).
+    blurred: probability of blur (0 in SimSiam's recipe for small images)."""
     n, _, height, width = images.shape
     own = u[:, 2 * TRIES + 2:].to(images.device)       # flip, blur or not, sigma, ten of colour
-    flip, sigma = own[:, 0] < 0.5, torch.where(own[:, 1] < 0.5, 0.1 + 1.9 * own[:, 2], 0.0)
+    flip, sigma = own[:, 0] < 0.5, torch.where(own[:, 1] < blurred, 0.1 + 1.9 * own[:, 2], 0.0)
     x = images.float()
     if cropped:
         x = torch.where(flip[:, None, None, None], x.flip(3), x)
@@ -547,8 +579,10 @@ def views(images, u, size, cropped=False):
         x[rows] = blur[:, None] @ (x[rows].flatten(1, 2) @ blur.mT).view(-1, 3, size, size)
     else:
         top, left, h, w = (v.to(images.device) for v in crop_boxes(u, height, width))
-        blur = blur_matrix(sigma, size)
-        ry, rx = blur @ resize_matrix(top, h, height, size), blur @ resize_matrix(left, w, width, size)
+        ry, rx = resize_matrix(top, h, height, size), resize_matrix(left, w, width, size)
+        if blurred:
+            blur = blur_matrix(sigma, size)
+            ry, rx = blur @ ry, blur @ rx
         rx = torch.where(flip[:, None, None], rx.flip(1), rx)
         x = (x.flatten(1, 2) @ rx.mT).view(n, 3, height, size)                    # (n, 3, H, size)
         x = ry[:, None] @ x                                                       # (n, 3, size, size)
@@ -867,7 +901,7 @@ class TrainCrops(torch.utils.data.Dataset):
         return torch.stack([T.resized_crop(image, *box, [self.size, self.size], antialias=True) for box in boxes])
 
 
-def training_batches(images, plan, first, *, size, seed, device, workers):
+def training_batches(images, plan, first, *, size, seed, device, workers, blurred=0.5):
     """Yields (step, x (2B', 3, S, S), sub_x or None, sub-nets) of this process, from step `first` on."""
     def tables():
         for step in range(first, plan.steps):
@@ -891,13 +925,11 @@ def training_batches(images, plan, first, *, size, seed, device, workers):
                 error.one_rank = True
                 raise error
             crops = torch.stack(crops).to(device, non_blocking=True)
-            both = [views(crops[:, v], u[:, v], size, cropped=True) for v in (0, 1)]
+            both = [views(crops[:, v], u[:, v], size, True, blurred) for v in (0, 1)]
         else:
             pixels = pool[torch.from_numpy(index).to(pool.device)].to(device)
-            both = [views(pixels, u[:, v], size) for v in (0, 1)]
-        m = len(subs)
-        b = (len(index) - (len(index) if m == 0 else 0)) if m == 0 else None
-        own = len(index) if m == 0 else int((rows < plan.batch).sum())
+            both = [views(pixels, u[:, v], size, False, blurred) for v in (0, 1)]
+        m, own = len(subs), int((rows < plan.batch).sum())             # the first `own` rows are the largest network's
         x = torch.cat([v[:own] for v in both])
         sub_x = None
         if m:
@@ -1003,11 +1035,11 @@ def train(model, images, plan, args, device, paths, config, tasks):
     log = Log(paths[0].replace(".last.pt", ".log.jsonl"), first)
     wrapped = model
     if world_size() > 1:
-        wrapped = nn.parallel.DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
-                                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+        DDP = nn.parallel.DistributedDataParallel
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in DDP.__init__.__code__.co_varnames else "broadcast_buffers"     # renamed in torch 2.15
+        wrapped = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{buffers: False})
     began = saved = shown = time.time()
     wait, drawn, per_epoch = 0.0, 0, max(1, round(len(images) / plan.batch))
-    last_values, best_of_log = None, None
 
     def snapshot(step):
         log.flush()
@@ -1016,7 +1048,7 @@ def train(model, images, plan, args, device, paths, config, tasks):
 
     model.train()
     mark = time.time()
-    for step, x, sub_x, subs in training_batches(images, plan, first, size=args.image_size, seed=args.seed, device=device, workers=args.workers):
+    for step, x, sub_x, subs in training_batches(images, plan, first, size=args.image_size, seed=args.seed, device=device, workers=args.workers, blurred=args.blur):
         wait += time.time() - mark
         if subs and (step == 0 or not plan.phase(step - 1)):           # sub-nets enter: q starts as a copy of h
             model.distiller.load_state_dict(model.predictor.state_dict())
@@ -1080,9 +1112,9 @@ def monitor(net, tasks, args, device, line, log):
 # ---------------------------------------------------------------------------- the command
 
 RECIPES = {                                            # values that no option gave
-    "toy":   dict(arch="resnet18", width=16, small_stem=True, image_size=32, epochs=8, batch_size=128, lr=0.06, weight_decay=5e-4, layers=2, head=512),
-    "small": dict(arch="resnet18", width=64, small_stem=True, image_size=None, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048),
-    "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048),
+    "toy":   dict(arch="resnet18", width=16, small_stem=True, image_size=32, epochs=8, batch_size=128, lr=0.06, weight_decay=5e-4, layers=2, head=512, blur=0.0),
+    "small": dict(arch="resnet18", width=64, small_stem=True, image_size=None, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048, blur=0.0),
+    "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048, blur=0.5),
 }
 NOT_COMPARED = {"out", "device", "workers", "root", "download", "save_every", "fresh", "monitor_task", "monitor_every", "stop_on_collapse", "collapse_std"}
 
@@ -1095,6 +1127,7 @@ def parse(argv=None):
     group.add_argument("--width", type=int, help="channels of the stem and of the first stage")
     group.add_argument("--small-stem", action=argparse.BooleanOptionalAction, default=None, help="3x3 stride 1, no pooling")
     group.add_argument("--image-size", type=int)
+    group.add_argument("--blur", type=float, help="probability of blur in a view: 0.5, and 0 for small images")
     group.add_argument("--head", type=int, help="width of the projector")
     group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: the simsiam.pt in --out")
     group = parser.add_argument_group("SDR")

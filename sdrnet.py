@@ -150,6 +150,13 @@ def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def add_up(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def moments(x):
     """Mean and (biased) variance of each channel of x (B, C) or (B, C, H, W), at least in fp32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -174,8 +181,8 @@ class SyncedNorm(torch.autograd.Function):
         local = torch.cat([part for x in xs for mean, var in [moments(x)]
                            for part in (mean.new_tensor([x.numel() // x.shape[1]]), mean, var)])
         table = local.new_zeros(world_size(), local.numel())
-        table[dist.get_rank()] = local                 # each rank fills its own row: the sum is an exact gather
-        dist.all_reduce(table)
+        table[dist.get_rank() if world_size() > 1 else 0] = local     # each rank fills its own row: the sum is an exact gather
+        add_up(table)
         outs, means, variances, ctx.totals = [], [], [], []
         for x, w, b, part in zip(xs, weights, biases, table.split([1 + 2 * x.shape[1] for x in xs], 1)):
             n, m, v = part.split([1, x.shape[1], x.shape[1]], 1)       # (ranks, 1), (ranks, C), (ranks, C)
@@ -198,8 +205,7 @@ class SyncedNorm(torch.autograd.Function):
         for x, dy, mean, var in zip(xs, grads, means, variances):
             local += torch.ops.aten.native_batch_norm_backward(        # sum(dy xhat), sum(dy) over this process
                 dy, x, torch.ones_like(mean), mean, var, None, None, False, ctx.eps, [False, True, True])[1:]
-        sums = torch.cat(local)
-        dist.all_reduce(sums)
+        sums = add_up(torch.cat(local))
         dxs = []
         for i, (dw, db) in enumerate(zip(*[iter(sums.split([len(part) for part in local]))] * 2)):
             view = [1, -1] + [1] * (xs[i].dim() - 2)
@@ -249,7 +255,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     def _batch(self, xs, weights, biases, cuts):
         k, momentum = len(xs), self.momentum
-        if world_size() > 1:
+        # torch's own kernel is quicker, but on CPU in fp32 its variance is good to 1e-5 only (seen with torch 2.15),
+        # which shows as another loss on 1 process than on 2; in bf16 that does not matter.
+        if world_size() > 1 or xs[0].device.type == "cpu" and xs[0].dtype == torch.float32:
             result = SyncedNorm.apply(self.eps, k, *xs, *weights, *biases)
             outs, means, variances = result[:k], result[k:2 * k], result[2 * k:]
             stats = {i: (means[i], variances[i]) for i in range(k)}
@@ -285,11 +293,10 @@ class BatchNorm(nn.BatchNorm2d):
 
     def finish(self, cut_of_slot=None):
         """Turns what `collect` added up, on all processes, into the statistics for inference."""
-        if self.sums is None:
-            return
-        if world_size() > 1:
-            dist.all_reduce(self.sums)
-        n, s, ss = self.sums.split([1, (self.sums.shape[1] - 1) // 2, (self.sums.shape[1] - 1) // 2], 1)
+        kept = self.running_mean[None] if cut_of_slot is None else self.path_mean
+        if self.sums is None:                          # no batch came to this process
+            self.sums = torch.zeros(len(kept), 1 + 2 * kept.shape[1], dtype=torch.float64, device=kept.device)
+        n, s, ss = add_up(self.sums).split([1, kept.shape[1], kept.shape[1]], 1)
         mean = s / n.clamp(min=1)
         var = (ss / n.clamp(min=1) - mean ** 2).clamp(min=0)
         if cut_of_slot is None:
@@ -319,8 +326,10 @@ class Block(nn.Module):
             setattr(self, f"bn{i}", norm(b))
         self.depth = len(shapes)
         self.downsample = None
-        if stride != 1 or inp != out:
+        if stride != 1 or bottleneck and inp != out:
             self.downsample = nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), norm(out))
+        elif inp != out:                               # only in an extracted ResNet-18/34: selects the path's channels
+            self.downsample = nn.Sequential(nn.Conv2d(inp, out, 1, bias=False))
 
     def layers(self):
         """The (convolution, BatchNorm) pairs of the main branch, in order."""
@@ -536,10 +545,8 @@ class SDRNet(ResNet):
                         inp = width
                     if block.downsample is not None:
                         copy(*block.downsample, *to.downsample, out, entry, slot)
-                    elif to.downsample is not None:    # the selection of channels, as a convolution and an identity
-                        chosen = torch.cat([torch.arange(out[0]), torch.arange(out[1], out[2])])
-                        to.downsample[0].weight.copy_(torch.eye(stem)[chosen, :, None, None])
-                        to.downsample[1].weight.fill_((1 + to.downsample[1].eps) ** 0.5)
+                    elif to.downsample is not None:    # the selection of channels, as a convolution of zeros and ones
+                        to.downsample[0].weight.copy_(take(torch.eye(stem), out)[:, :, None, None])
         return net.eval()
 
 
