@@ -22,6 +22,7 @@ Out: <out>/clusters.npy   int64 (N,): sub-net of each image of the sorted listin
      <out>/features.npy   float32 (N, D), with --save-features
 """
 import json
+import math
 import os
 import time
 
@@ -35,6 +36,7 @@ import sdrnet
 from pretrain import Parser, Signals, common_options, contact_sheet, data_options, embed, load_array, open_images, rank, run, save_array, say, start
 from sdrnet import InputError, world_size
 
+DAMPING = 0.2                                          # share of a Sinkhorn step that the potentials take per block
 SHEET = 10                                             # images per cluster on the contact sheet
 
 
@@ -106,16 +108,21 @@ def sinkhorn(chunks, k, count, eps, v=None, tolerance=0.01, iterations=500, add_
 def learn(features, k, *, eps, temperature, epochs, rate, seed):
     """Centroids (k, D) of unit length and potentials v (k,), by SGD on the cross-entropy -sum U log softmax(S / T).
 
-    Per block: S = F C^T; U from the potentials so far (one Sinkhorn step as the masses come in); the gradient with
-    respect to c_j is mean_i (P_ij - U_ij) f_i / T. The step is rate * k * T times that, so that `rate` 1 moves a
-    centroid about as far as a k-means step on the block. Start: k random images. Prints the objective."""
+    Block by block: S = F C^T; U from the potentials so far, which take a damped Sinkhorn step towards equal masses; the
+    gradient mean_i (P_ij - U_ij) f_i / T with respect to c_j. The step is rate * k * T times that, so that at `rate` 1 a
+    centroid moves about as far as by a k-means step on the block. Start: k random images. Prints the loss.
+
+    Why damped: on the toy images, solving for equal masses before each epoch pulled centroids between the natural
+    clusters (mean cosine 0.6 against 0.89 here and 0.93 by k-means). Why T = 1: the features are centred, so at a high
+    temperature the P term nearly vanishes and c_j goes to the mean of its images; at T = 0.1 it is pushed beyond
+    (0.70)."""
     rng = np.random.default_rng([seed, 3])
     picks = np.sort(rng.choice(features.count, k, replace=False))
     c = F.normalize(F.normalize(torch.from_numpy(np.ascontiguousarray(features.array[picks])).to(features.device, features.dtype)) - features.mean)
     v = torch.zeros(k, dtype=torch.float64, device=features.device)
     for epoch in range(epochs):
         began, loss, fit = time.time(), 0.0, 0.0
-        step = rate * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+        step = rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         for b in rng.permutation(features.blocks):
             f = features.block(b)                      # (n, D)
             s = f @ c.T                                # (n, k) cosines
@@ -126,7 +133,7 @@ def learn(features, k, *, eps, temperature, epochs, rate, seed):
                               torch.stack([-(u * logp).sum(), s.max(1).values.sum(), s.new_tensor(float(len(s)))]).double()])
             gradient, mass, (ce, best, n) = features.sum(sums).split([k * f.shape[1], k, 3])
             c = F.normalize(c - (step * k / n * gradient.view(k, -1)).to(c.dtype))
-            v -= 0.5 * torch.log((mass * k / n).clamp(min=1e-3, max=1e3))
+            v -= DAMPING * torch.log((mass * k / n).clamp(min=1e-3, max=1e3))
             loss, fit = loss + ce.item(), fit + best.item()
             Signals.poll()
         if epoch in (0, epochs - 1) or epoch % 5 == 4:
@@ -170,7 +177,7 @@ def fill_empty(clusters, best, k):
     return moved
 
 
-def cluster(array, k, device, *, eps=0.05, temperature=0.1, epochs=20, rate=1.0, seed=0, balanced=False, order="tree"):
+def cluster(array, k, device, *, eps=0.05, temperature=1.0, epochs=20, rate=1.0, seed=0, balanced=False, order="tree"):
     """The whole stage on an array (N, D). Returns clusters int64 (N,), centroids float32 (k, D), mean float32 (D,),
     nearest (k, 64) images of each centroid, and a dict of figures."""
     began = time.time()
@@ -229,7 +236,7 @@ def parse(argv=None):
     group = parser.add_argument_group("clustering")
     group.add_argument("--k", type=int, default=None, help="number of clusters, g^4 for a later SDR; default: 16 for toy, else 256")
     group.add_argument("--eps", type=float, default=0.05, help="entropy's weight: small is hard, large is soft")
-    group.add_argument("--temperature", type=float, default=0.1, help="T of the softmax of cosines; must be larger than eps to sharpen")
+    group.add_argument("--temperature", type=float, default=1.0, help="T of the softmax of cosines; see learn()")
     group.add_argument("--epochs", type=int, default=20, help="passes of SGD over the features")
     group.add_argument("--rate", type=float, default=1.0, help="learning rate, 1 being about a k-means step per block")
     group.add_argument("--balanced", action="store_true", help="assign by the posterior U, nearly equal sizes, instead of by S")

@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import sdrnet
-from pretrain import (VOC_CLASSES, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, knn, load_array, open_images, open_tasks, plain_input,
+from pretrain import (CORES, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, knn, load_array, open_images, open_tasks, plain_input,
                       rank, run, save_array, say, score, start, torchvision_listing)
 from sdrnet import InputError, index_to_path, path_to_index, world_size
 
@@ -70,6 +70,8 @@ def named_task(name, root, download):
 def caltech_part(root, download, train):
     """Caltech-101 has no official split; the usual one: 30 images of each class train, the rest test (seed 0)."""
     from torchvision.datasets import Caltech101
+    if not download and not os.path.isdir(os.path.join(root, "caltech101")):       # torchvision would make the folder
+        raise InputError(f"task caltech101: no folder {os.path.join(root, 'caltech101')}; is --root right?")
     whole, chosen = Caltech101(root, download=download), []
     for c in range(max(whole.y) + 1):
         members = np.random.default_rng([0, c]).permutation(np.flatnonzero(np.asarray(whole.y) == c))
@@ -83,16 +85,20 @@ def sun_part(root, download, listing):
     whole, file = SUN397(root, download=download), os.path.join(root, "SUN397", listing)
     if not os.path.isfile(file):
         raise InputError(f"task sun397: no {file}; unpack the official Partitions.zip into {os.path.join(root, 'SUN397')}")
-    wanted = {line.strip().lstrip("/") for line in open(file)}
-    base = os.path.join(root, "SUN397")
-    return torch.utils.data.Subset(whole, [i for i, f in enumerate(whole._image_files) if os.path.relpath(f, base) in wanted])
+    with open(file) as lines:
+        wanted = {line.strip().lstrip("/") for line in lines if line.strip()}
+    place = {os.path.relpath(f, os.path.join(root, "SUN397")): i for i, f in enumerate(whole._image_files)}
+    missing = sorted(wanted - set(place))
+    if missing:
+        raise InputError(f"task sun397: {len(missing):,} of the {len(wanted):,} images of {listing} are missing, {missing[0]} first")
+    return torch.utils.data.Subset(whole, [place[f] for f in sorted(wanted)])      # torchvision lists in the disk's order
 
 
 # ---------------------------------------------------------------------------- scoring
 
 class Pixels:
     """A task's images in memory, as sub-nets see them: train and test uint8 (N, 3, S, S), labels, metric.
-    At most `limit` of each part, the same share of every class."""
+    About `limit` of each part, the same share of every class."""
 
     def __init__(self, task, size, limit, workers):
         self.name, self.metric, self.classes = task.name, task.metric, task.train.classes
@@ -110,7 +116,7 @@ class Pixels:
 
 
 def stratified(labels, limit):
-    """Indices of at most `limit` images, sorted, every class (or set of labels) cut by the same share."""
+    """Indices of about `limit` images, sorted, every class cut by the same share, and at least one image of each."""
     if len(labels) <= limit:
         return np.arange(len(labels))
     key = labels if labels.dim() == 1 else labels.argmax(1)
@@ -324,7 +330,7 @@ def picture(scores, chosen, largest, title, path):
     axes.hist(scores[np.isfinite(scores)], bins=24, color="#4477aa")
     axes.axvline(scores[chosen], color="#cc3311", label=f"chosen sub-net {chosen}")
     axes.axvline(largest, color="black", linestyle="--", label="largest network")
-    axes.set(title=title, xlabel="leave-one-out kNN on the training images, %", ylabel="sub-nets")
+    axes.set(title=title.replace("$", r"\$"), xlabel="leave-one-out kNN on the training images, %", ylabel="sub-nets")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -450,7 +456,7 @@ def parse(argv=None):
     group.add_argument("--max-images", type=int, default=5000, help="of a task's train and of its test part, each class alike")
     group.add_argument("--probe", action="store_true", help="linear probe of the chosen sub-net, the largest network and SimSiam")
     group.add_argument("--export", action="store_true", help="write subnet.pt2 by torch.export")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    group.add_argument("--workers", type=int, default=min(8, CORES))
     common_options(parser)
     args = parser.parse_args(argv)
     if args.k < 1 or args.max_images < 2:
@@ -486,6 +492,9 @@ def main():
     for name in args.task or ["toy"]:
         named = named_task(name, args.root, args.download)
         tasks += [named] if named else open_tasks([name], content.get("origin", {}).get("config", {}).get("seed", 0))
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise InputError(f"two tasks are named {max(names, key=names.count)}, and each gets a folder of its name in --out: rename one")
     args.clusters_shown = shown_clusters(args, content)
     say(f"{args.checkpoint}: {net.groups ** 4} sub-nets of {net.config['arch']} width {net.config['width']}; {len(tasks)} task(s), --search {args.search}")
     results = []

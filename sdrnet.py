@@ -114,12 +114,13 @@ def take(tensor, out=None, inp=None):
 
 class Cut(torch.autograd.Function):
     """One weight, sliced for several paths at once. Backward adds the paths' gradients into ONE tensor, in order:
-    cheaper than a full-size gradient per slice, summed in the weight's own precision, the same on every run."""
+    cheaper than a full-size gradient per slice, summed in the weight's own precision, the same on every run.
+    Without shared_grad the block that all paths have in common (shared x shared, always the first) gets none."""
 
     @staticmethod
-    def forward(ctx, weight, dtype, cuts):
+    def forward(ctx, weight, dtype, cuts, shared_grad):
         ctx.save_for_backward(weight)
-        ctx.cuts = cuts
+        ctx.cuts, ctx.skip = cuts, 0 if shared_grad else 1
         cast = weight.to(dtype)
         return tuple(take(cast, out, inp) for out, inp in cuts)
 
@@ -128,19 +129,19 @@ class Cut(torch.autograd.Function):
         weight, = ctx.saved_tensors
         total = torch.zeros_like(weight)
         for (out, inp), grad in zip(ctx.cuts, grads):
-            for to, frm in _blocks(weight, out, inp):
+            for to, frm in list(_blocks(weight, out, inp))[ctx.skip:]:
                 total[frm] += grad[to]
-        return total, None, None
+        return total, None, None, None
 
 
-def cut_all(weight, outs, inps=None):
+def cut_all(weight, outs, inps=None, shared_grad=True):
     """[weight sliced for each stream]. A whole weight is returned as it is, so that autocast can cache its cast."""
     cuts = tuple(zip(outs, inps or [None] * len(outs)))
     if all(cut == (None, None) for cut in cuts):
         return [weight] * len(cuts)
     device = weight.device.type
     lower = weight.dim() > 1 and torch.is_autocast_enabled(device)
-    return Cut.apply(weight, torch.get_autocast_dtype(device) if lower else weight.dtype, cuts)
+    return Cut.apply(weight, torch.get_autocast_dtype(device) if lower else weight.dtype, cuts, shared_grad)
 
 
 # ---------------------------------------------------------------------------- BatchNorm
@@ -229,6 +230,7 @@ class BatchNorm(nn.BatchNorm2d):
            "collect"  by this process's batch, whose moments are added up for `finish`
            "saved"    by the statistics kept for inference
     """
+    shared_grad = True
 
     def __init__(self, channels, affine=True, groups=None):
         super().__init__(channels, affine=affine)
@@ -241,7 +243,7 @@ class BatchNorm(nn.BatchNorm2d):
         """xs: list of tensors. cuts: the channels each has (None: all). slots: the row of statistics of each."""
         cuts = cuts or [None] * len(xs)
         none = [None] * len(xs)
-        weights, biases = (cut_all(self.weight, cuts), cut_all(self.bias, cuts)) if self.affine else (none, none)
+        weights, biases = [cut_all(p, cuts, None, self.shared_grad) for p in (self.weight, self.bias)] if self.affine else (none, none)
         if mode == "batch":
             return self._batch(xs, weights, biases, cuts)
         outs = []
@@ -387,8 +389,9 @@ class SDRNet(ResNet):
     """The supernet. groups: g, individual groups per stage; shared: share of a stage's channels in its shared group.
 
     Raises InputError where a group would have no channel. The largest network's features are (B, self.features),
-    a sub-net's (B, self.sub_features).
+    a sub-net's (B, self.sub_features). shared_grad: whether sub-nets' losses train the shared groups too.
     """
+    shared_grad = True
 
     def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False):
         self.groups, self.shared = groups, shared
@@ -423,7 +426,7 @@ class SDRNet(ResNet):
     # -- forward
 
     def _layer(self, conv, bn, xs, outs, inps, slots, mode):
-        weights = cut_all(conv.weight, outs, inps)
+        weights = cut_all(conv.weight, outs, inps, self.shared_grad)
         if mode == "saved":                            # BatchNorm folded into the convolution: one pass less
             ys = []
             for x, w, out, slot in zip(xs, weights, outs, slots):
