@@ -191,6 +191,9 @@ def cluster(array, k, device, *, eps=0.05, temperature=1.0, epochs=20, rate=1.0,
     chunks = lambda: iter(kept) if keep else (features.block(b) @ c.T for b in range(features.blocks))
     v, error, iterations = sinkhorn(chunks, k, features.count, eps, v, add_up=features.sum)
 
+    sharp = eps / 4 if balanced else eps               # U's argmax is balanced as far as U is hard
+    w = sinkhorn(chunks, k, features.count, sharp, v * eps / sharp, add_up=features.sum)[0] if balanced else v
+
     clusters = torch.zeros(features.count, dtype=torch.int64, device=device)
     top = min(64, features.count)
     near_score = torch.full((k, top), -2.0, dtype=torch.float64, device=device)
@@ -199,7 +202,7 @@ def cluster(array, k, device, *, eps=0.05, temperature=1.0, epochs=20, rate=1.0,
     for b, s in enumerate(chunks()):
         rows = torch.from_numpy(np.arange(features.count)[features.rows(b)]).to(device)
         logu = posterior(s, v, eps)
-        clusters[rows] = (logu if balanced else s).argmax(1)
+        clusters[rows] = (posterior(s, w, sharp) if balanced else s).argmax(1)
         u = logu.exp()
         figures += torch.stack([(u * s).sum().double() - eps * (u * logu).sum().double(),                 # Tr(U^T S) + eps H(U), times N
                                 s.gather(1, clusters[rows, None]).sum().double()])

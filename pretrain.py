@@ -1149,7 +1149,7 @@ def monitor(net, tasks, args, device):
 # ---------------------------------------------------------------------------- the command
 
 RECIPES = {                                            # values that no option gave
-    "toy":   dict(arch="resnet18", width=16, small_stem=False, image_size=32, epochs=20, batch_size=128, lr=0.06, weight_decay=5e-4, layers=2, head=512, blur=0.0, subnets=2),
+    "toy":   dict(arch="resnet18", width=16, small_stem=False, image_size=32, epochs=20, batch_size=64, lr=0.06, weight_decay=5e-4, layers=2, head=512, blur=0.0, subnets=2),
     "small": dict(arch="resnet18", width=64, small_stem=True, image_size=None, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048, blur=0.0, subnets=4),
     "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048, blur=0.5, subnets=4),
 }
@@ -1236,7 +1236,7 @@ def fill_defaults(args, images):
     """Values in force: what was given, else the recipe for these images."""
     recipe = "toy" if args.data == "toy" else "small" if images.packed is not None else "large"
     if args.clusters and recipe == "toy":              # sub-nets start from the weights of SimSiam: less is enough
-        args.epochs, args.lr = args.epochs or 10.0, args.lr or 0.04
+        args.epochs, args.lr, args.batch_size = args.epochs or 10.0, args.lr or 0.04, args.batch_size or 128
     for key, value in RECIPES[recipe].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
