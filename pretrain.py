@@ -358,11 +358,11 @@ def folder_listing(folder, classes=None, top=None):
     return listing
 
 
-def torchvision_listing(make, name):
+def torchvision_listing(make, name, labelled=True):
     """A torchvision data set, or several joined, as Images. make: () -> list of data sets."""
     try:
         parts = make()
-        labels = torch.cat([torch.as_tensor(_labels(p)) for p in parts])
+        labels = torch.cat([torch.as_tensor(_labels(p)) if labelled else torch.zeros(len(p), dtype=torch.int64) for p in parts])
     except InputError:
         raise
     except Exception as error:                         # torchvision raises nearly anything on a copy that is not whole
@@ -415,7 +415,7 @@ def open_images(args):
         if not args.root:
             raise InputError(f"--data {args.data}: name the folder it lies in with --root")
         extra = {"download": args.download} if "download" in make.__init__.__code__.co_varnames else {}
-        listing = torchvision_listing(lambda: [make(args.root, **extra)], args.data)
+        listing = torchvision_listing(lambda: [make(args.root, **extra)], args.data, labelled=False)
     if args.subset:
         indices = load_array(args.subset, "i", 1)
         if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(listing):
