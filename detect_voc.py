@@ -429,7 +429,7 @@ class Norm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or world_size() == 1:
             return super().forward(x)
-        y, mean, var = sdrnet.SyncedNorm.apply(self.eps, 1, x, self.weight, self.bias)
+        y, mean, var = sdrnet.SyncedNorm.apply(self.eps, x, self.weight, self.bias)
         self.num_batches_tracked += 1
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)

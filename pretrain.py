@@ -732,8 +732,8 @@ def knn_score(train, test, task, k=20):
 # ---------------------------------------------------------------------------- the model that is trained
 
 class Head(nn.Module):
-    """An MLP of several streams: Linear, BatchNorm, ReLU, ..., Linear; last_norm: a BatchNorm without affine at the
-    end (the projector's). Its first layer can be sliced on the input side, for features of a sub-net."""
+    """An MLP: Linear, BatchNorm, ReLU, ..., Linear; last_norm: a BatchNorm without affine at the end (the projector's).
+    Takes (B, D) of the largest network or (B, m, D') of m sub-nets, whose channels of D are `cut`."""
     shared_grad = True
 
     def __init__(self, widths, last_norm):
@@ -743,33 +743,36 @@ class Head(nn.Module):
                                      for i, (a, b) in enumerate(zip(widths, widths[1:])))
         self.norms = nn.ModuleList(BatchNorm(b, affine=i < count - 1) for i, b in enumerate(widths[1:]) if last_norm or i < count - 1)
 
-    def forward(self, xs, inps=None, mode="batch"):
+    def forward(self, x, cut=None, mode="batch"):
+        m = x.shape[1] if x.dim() == 3 else None
         for i, linear in enumerate(self.linears):
-            weights = sdrnet.cut_all(linear.weight, [None] * len(xs), inps if i == 0 else None, self.shared_grad)
-            xs = [F.linear(x, w, linear.bias) for x, w in zip(xs, weights)]
+            if cut is not None and i == 0:
+                x = torch.einsum("bmd,mhd->bmh", x, sdrnet.cut_weight(linear.weight, None, cut, self.shared_grad))
+            else:
+                x = F.linear(x, linear.weight, linear.bias)
             if i < len(self.norms):
-                xs = self.norms[i](xs, mode=mode)
+                x = self.norms[i](x.flatten(1), mode=mode, m=m).view_as(x)         # each sub-net by its own statistics
             if i < len(self.linears) - 1:
-                xs = [F.relu(x) for x in xs]
-        return xs
+                x = F.relu_(x)
+        return x
 
 
 def cosine_loss(p, z):
-    """D(p, z) = -cos(p, sg(z)), the mean over the rows, in fp32 at least. p, z: (B, d)."""
+    """D(p, z) = -cos(p, sg(z)), the mean over all rows, in fp32 at least. p, z: (B, d) or (B, m, d)."""
     wide = torch.promote_types(p.dtype, torch.float32)
-    return -F.cosine_similarity(p.to(wide), z.detach().to(wide), dim=1).mean()
+    return -F.cosine_similarity(p.to(wide), z.detach().to(wide), dim=-1).mean()
 
 
 def symmetric(p, z, distance=cosine_loss):
-    """distance(p1, z2)/2 + distance(p2, z1)/2 for rows [view 1; view 2]: (2B, d)."""
+    """distance(p1, z2)/2 + distance(p2, z1)/2 for rows [view 1; view 2]: (2B, ...)."""
     (p1, p2), (z1, z2) = p.chunk(2), z.chunk(2)
     return distance(p1, z2) / 2 + distance(p2, z1) / 2
 
 
 def spread(z):
-    """std * sqrt(d) of normalised z (B, d): about 1 when healthy, 0 when collapsed."""
-    z = F.normalize(z.detach().float(), dim=1)
-    return z.std(0).mean() * z.shape[1] ** 0.5
+    """std * sqrt(d) of normalised z (B, d), or of the worst of m networks' (B, m, d): near 1 is healthy, 0 collapsed."""
+    z = F.normalize(z.detach().float(), dim=-1)
+    return z.std(0).mean(-1).min() * z.shape[-1] ** 0.5
 
 
 class SDR(nn.Module):
@@ -794,30 +797,23 @@ class SDR(nn.Module):
         m sub-nets view 1 then view 2 of its b images; paths: theirs. Returns the loss and a vector of what to log:
         loss of W_0, mean loss of the sub-nets, mean KD, std of W_0, lowest std of a sub-net."""
         net, zero = self.net, x.new_zeros(())
-        f = net.streams([net.stem(x, "batch")], [None], "batch")
-        z, = self.projector(f)
-        loss = own = symmetric(self.predictor([z])[0], z)                        # L_ssl(D0; W0)
+        z = self.projector(net.trunk(net.stem(x, "batch"), None, "batch"))
+        loss = own = symmetric(self.predictor(z), z)                             # L_ssl(D0; W0)
         if not paths:
             idle = sum(p.sum() for p in self.distiller.parameters()) * 0         # every parameter has a gradient, for DDP
             return loss + idle, torch.stack([own.detach(), zero, zero, spread(z), zero + math.inf])
-        s = net.stem(sub_x, "last")
+        s, m = net.stem(sub_x, "last"), len(paths)
         s = s if net.shared_grad else s.detach()
         with torch.no_grad():                          # z_0 of the same images: what the largest network is right now
-            teacher, = self.projector(net.streams([s], [None], "last"), mode="last")
-        teachers, m = teacher.chunk(len(paths)), len(paths)
-        fs = net.streams(list(s.chunk(m)), list(paths), "batch")
-        zs = self.projector(fs, [net.cut(net.features, p[-1]) for p in paths])
-        ssl = sum(symmetric(p, z_i) for p, z_i in zip(self.predictor(zs), zs)) / m             # L_ssl(D_i; W_i)
+            z_0 = self.projector(net.trunk(s, None, "last"), mode="last").unflatten(0, (m, -1)).transpose(0, 1)
+        z_i = self.projector(net.trunk(s, paths, "batch"), net.cut(net.features, [p[-1] for p in paths]))     # (2b, m, d)
+        ssl = symmetric(self.predictor(z_i), z_i)                                # L_ssl(D_i; W_i), the mean over i
         if self.distill == "siamkd":
-            kd = sum(symmetric(q, z_0) for q, z_0 in zip(self.distiller(zs), teachers)) / m
-        elif self.distill == "l2":
-            kd = sum(F.mse_loss(z_i.float(), z_0.float()) for z_i, z_0 in zip(zs, teachers)) / m
+            kd = symmetric(self.distiller(z_i), z_0)
         else:
-            kd = zero
-        if self.distill != "siamkd":
+            kd = F.mse_loss(z_i.float(), z_0.float()) if self.distill == "l2" else zero
             kd = kd + sum(p.sum() for p in self.distiller.parameters()) * 0
-        lowest = torch.stack([spread(z_i) for z_i in zs]).min()
-        return loss + ssl + self.kd_weight * kd, torch.stack([own.detach(), ssl.detach(), kd.detach(), spread(z), lowest])
+        return loss + ssl + self.kd_weight * kd, torch.stack([own.detach(), ssl.detach(), kd.detach(), spread(z), spread(z_i)])
 
 
 @torch.no_grad()
@@ -839,9 +835,9 @@ def calibrate(net, images, clusters, *, size, device, amp, workers, seed, limit=
             with autocast(device, amp):
                 x = plain_input(pixels, device)
                 if prefix is None:
-                    net.streams([net.stem(x, "collect")], [None], "collect")
+                    net.trunk(net.stem(x, "collect"), None, "collect")
                 else:
-                    x = [net.stem(x)]
+                    x = net.stem(x)
                     for s in range(stage + 1):
                         x = net.stage(s, x, [prefix[:s + 1]], "collect" if s == stage else "saved")
             Signals.poll()
@@ -861,10 +857,10 @@ def calibrate(net, images, clusters, *, size, device, amp, workers, seed, limit=
 class Plan:
     """Which images and sub-nets each step takes: a function of (seed, step) alone, the same on every process."""
 
-    def __init__(self, count, batch, epochs, seed, clusters=None, groups=1, subnets=4, phases=(1,)):
+    def __init__(self, count, batch, epochs, seed, clusters=None, groups=1, subnets=4, phases=(1,), sub_batch=None):
         self.count, self.batch, self.seed, self.clusters, self.groups, self.subnets = count, batch, seed, clusters, groups, subnets
         self.steps = max(1, math.ceil(epochs * count / batch))
-        self.rows = batch // (2 * subnets)             # images per sub-net
+        self.rows = (sub_batch or batch // 2) // subnets               # images per sub-net
         ends = np.cumsum(phases) / sum(phases) * self.steps
         self.phase_ends = [int(round(e)) for e in ends]
         self.members = None if clusters is None else [np.flatnonzero(clusters == i) for i in range(groups ** sdrnet.STAGES)]
@@ -1178,6 +1174,7 @@ def parse(argv=None):
     group.add_argument("--groups", type=int, help="individual groups per stage; default: the fourth root of the number of clusters")
     group.add_argument("--shared", type=float, default=0.5, help="share of a stage's channels in its shared group")
     group.add_argument("--subnets", type=int, help="m, sub-nets per step: 4, for toy images 2")
+    group.add_argument("--sub-batch", type=int, help="images of all sub-nets together in a step, each draws its share from its cluster: B/2, for toy images 3B")
     group.add_argument("--shared-grad", action="store_true", help="let the sub-nets' losses train the shared groups too (see SDR)")
     group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="siamkd")
     group.add_argument("--kd-weight", type=float, default=1.0, help="lambda")
@@ -1254,9 +1251,10 @@ def fill_defaults(args, images):
         raise InputError("--image-size must be at least 8, --epochs, --lr and --subnets positive, --batch-size at least 2")
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size} does not divide among {world_size()} processes")
-    if args.clusters and args.batch_size % (2 * args.subnets * world_size()):
-        raise InputError(f"--batch-size {args.batch_size} does not divide into 2 x {args.subnets} sub-nets x {world_size()} processes: "
-                         f"each sub-net takes B/(2m) images in a step; take a multiple of {2 * args.subnets * world_size()}")
+    args.sub_batch = args.sub_batch or args.batch_size // 2
+    if args.clusters and (args.sub_batch % (args.subnets * world_size()) or args.sub_batch < 2 * args.subnets * world_size()):
+        raise InputError(f"--sub-batch {args.sub_batch} does not divide among {args.subnets} sub-nets x {world_size()} processes with 2 images each: "
+                         f"take a multiple of {args.subnets * world_size()}")
 
 
 def initial_weights(model, path, args):
@@ -1338,7 +1336,7 @@ def main():
         say(f"{final} is finished; --fresh trains it anew")
         return
     model.to(device, memory_format=torch.channels_last)
-    plan = Plan(len(images), args.batch_size, args.epochs, args.seed, clusters, groups, args.subnets, args.phases)
+    plan = Plan(len(images), args.batch_size, args.epochs, args.seed, clusters, groups, args.subnets, args.phases, args.sub_batch)
     say(f"{kind}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
         + (f", {groups ** 4} sub-nets of {net.sub_features / net.features:.3f} width, phases end at {plan.phase_ends}" if clusters is not None else "")
         + f"; {device.type}, {world_size()} process(es), {torch.get_num_threads()} threads")

@@ -37,6 +37,7 @@ statistics belong to the PREFIX of a path: stage s has g^s sets, so that all sub
 
 This file is also all one needs to load a checkpoint elsewhere: `load_network("subnet.pt")`.
 """
+import functools
 import os
 
 import torch
@@ -80,68 +81,80 @@ def prefix_slot(prefix, groups):
 
 
 # ---------------------------------------------------------------------------- slicing
-# A cut says which channels a path uses: None for all of them, or (n, a, b) for channels [0, n) and [a, b).
+# A cut says which channels m paths use: None for all of them (the largest network), or (shared, group, digits): channels
+# [0, shared) and, for a path with digit d, [shared + d * group, shared + (d + 1) * group).
+# Paths that run together lie side by side: activations are (B, m * C', H, W), weights (m * O', I', k, k), and the
+# convolution has m groups. So a layer is ONE convolution and ONE BatchNorm whatever m is, and every channel's
+# statistics are its own path's.
 
-def _runs(cut, size):
-    """The runs of channels in a cut, as (place in the slice, place in the whole, length)."""
-    return [(0, 0, size)] if cut is None else [(0, 0, cut[0]), (cut[0], cut[1], cut[2] - cut[1])]
+@functools.lru_cache(4096)
+def _channels(cut, device):
+    """The channels of each path, int64 (m, C')."""
+    shared, group, digits = cut
+    at = shared + torch.tensor(digits)[:, None] * group + torch.arange(group)
+    return torch.cat([torch.arange(shared).expand(len(digits), -1), at], 1).to(device)
 
 
-def _blocks(tensor, out, inp):
-    """Pairs of index tuples (in the slice, in the whole): the at most four blocks that a slice is made of."""
-    for to, frm, n in _runs(out, tensor.shape[0]):
-        rows = (slice(to, to + n),), (slice(frm, frm + n),)
-        if tensor.dim() == 1:
-            yield rows
-            continue
-        for to, frm, n in _runs(inp, tensor.shape[1]):
-            yield rows[0] + (slice(to, to + n),), rows[1] + (slice(frm, frm + n),)
+def _blocks(tensor, out, inp, p):
+    """Pairs of index tuples (in the slice of path p, in the whole): the at most four blocks that a slice of a weight is
+    made of. The first is what all paths have in common."""
+    def runs(cut, size):
+        if cut is None:
+            return [(slice(0, size), slice(0, size))]
+        shared, group, digits = cut
+        at = shared + digits[p] * group
+        return [(slice(0, shared), slice(0, shared)), (slice(shared, shared + group), slice(at, at + group))]
+    columns = runs(inp, tensor.shape[1])
+    return [((to, to2), (frm, frm2)) for to, frm in runs(out, tensor.shape[0]) for to2, frm2 in columns]
 
 
 def take(tensor, out=None, inp=None):
-    """tensor[out][:, inp], the part of a weight (O, I, ...) or vector (O,) that a path uses, as a dense copy."""
-    shape = list(tensor.shape)
-    for dim, cut in ((0, out), (1, inp)):
-        if cut is not None:
-            shape[dim] = cut[0] + cut[2] - cut[1]
-    nhwc = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    part = torch.empty(shape, dtype=tensor.dtype, device=tensor.device,
-                       memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-    for to, frm in _blocks(tensor, out, inp):
-        part[to] = tensor[frm]
+    """The parts of a weight (O, I, ...) or vector (O,) that m paths use, as a dense copy (m, O', I', ...) or (m, O')."""
+    if tensor.dim() == 1:
+        return tensor[_channels(out, tensor.device)]
+    m = len((out or inp)[2])
+    shape = [m] + [size if cut is None else cut[0] + cut[1] for size, cut in zip(tensor.shape, (out, inp))] + list(tensor.shape[2:])
+    if tensor.dim() == 4:                              # channels last, as convolutions like it
+        part = tensor.new_empty([shape[i] for i in (0, 1, 3, 4, 2)]).permute(0, 1, 4, 2, 3)
+    else:
+        part = tensor.new_empty(shape)
+    for p in range(m):
+        for to, frm in _blocks(tensor, out, inp, p):
+            part[(p, *to)] = tensor[frm]
     return part
 
 
 class Cut(torch.autograd.Function):
-    """One weight, sliced for several paths at once. Backward adds the paths' gradients into ONE tensor, in order:
-    cheaper than a full-size gradient per slice, summed in the weight's own precision, the same on every run.
-    Without shared_grad the block that all paths have in common (shared x shared, always the first) gets none."""
+    """`take` with a gradient: backward adds those of all paths into ONE tensor, in order, in the weight's own precision,
+    the same on every run. Without shared_grad the block that all paths have in common gets none."""
 
     @staticmethod
-    def forward(ctx, weight, dtype, cuts, shared_grad):
+    def forward(ctx, weight, dtype, out, inp, shared_grad):
         ctx.save_for_backward(weight)
-        ctx.cuts, ctx.skip = cuts, 0 if shared_grad else 1
-        cast = weight.to(dtype)
-        return tuple(take(cast, out, inp) for out, inp in cuts)
+        ctx.cuts, ctx.skip = (out, inp), 0 if shared_grad else 1
+        return take(weight.to(dtype), out, inp)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, grad):
         weight, = ctx.saved_tensors
-        total = torch.zeros_like(weight)
-        for (out, inp), grad in zip(ctx.cuts, grads):
-            for to, frm in list(_blocks(weight, out, inp))[ctx.skip:]:
-                total[frm] += grad[to]
-        return total, None, None, None
+        total, (out, inp) = torch.zeros_like(weight), ctx.cuts
+        if weight.dim() == 1:
+            first = out[0] * ctx.skip
+            total.index_add_(0, _channels(out, weight.device)[:, first:].flatten(), grad[:, first:].flatten())
+            return total, None, None, None, None
+        for p, part in enumerate(grad.to(weight.dtype)):
+            for to, frm in _blocks(weight, out, inp, p)[ctx.skip:]:
+                total[frm] += part[to]
+        return total, None, None, None, None
 
 
-def cut_all(weight, outs, inps=None, shared_grad=True):
-    """[weight sliced for each stream]. A whole weight is returned as it is, so that autocast can cache its cast."""
-    cuts = tuple(zip(outs, inps or [None] * len(outs)))
-    if all(cut == (None, None) for cut in cuts):
-        return [weight] * len(cuts)
+def cut_weight(weight, out, inp=None, shared_grad=True):
+    """A parameter sliced for m paths, (m, ...). A whole one is returned as it is, so that autocast can cache its cast."""
+    if out is None and inp is None:
+        return weight
     device = weight.device.type
     lower = weight.dim() > 1 and torch.is_autocast_enabled(device)
-    return Cut.apply(weight, torch.get_autocast_dtype(device) if lower else weight.dtype, cuts, shared_grad)
+    return Cut.apply(weight, torch.get_autocast_dtype(device) if lower else weight.dtype, out, inp, shared_grad)
 
 
 # ---------------------------------------------------------------------------- BatchNorm
@@ -166,8 +179,8 @@ def moments(x):
 
 
 class SyncedNorm(torch.autograd.Function):
-    """Batch normalisation of several streams by their statistics over ALL processes: one all-reduce forward and
-    one backward for all streams together, with gloo on CPU as with NCCL. (torch.nn.SyncBatchNorm needs CUDA.)
+    """Batch normalisation by the statistics over ALL processes: one all-reduce forward and one backward, with gloo on
+    CPU as with NCCL. (torch.nn.SyncBatchNorm needs CUDA.)
 
     Rank r has n_r values of a channel, of mean m_r and variance v_r:
         N = sum n_r,    m = sum n_r m_r / N,    v = sum n_r (v_r + (m_r - m)^2) / N
@@ -176,56 +189,41 @@ class SyncedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, eps, k, *args):
-        """args: k inputs (B_i, C_i, ...), k scales and k shifts (C_i,) or None. Returns k outputs, k means, k variances."""
-        xs, weights, biases = args[:k], args[k:2 * k], args[2 * k:]
-        local = torch.cat([part for x in xs for mean, var in [moments(x)]
-                           for part in (mean.new_tensor([x.numel() // x.shape[1]]), mean, var)])
+    def forward(ctx, eps, x, weight, bias):
+        """x: (B, C, ...); scale and shift: (C,) or None. Returns the output, and mean and variance (C,)."""
+        mean, var = moments(x)
+        local = torch.cat([mean.new_tensor([x.numel() // x.shape[1]]), mean, var])
         table = local.new_zeros(world_size(), local.numel())
         table[dist.get_rank() if world_size() > 1 else 0] = local     # each rank fills its own row: the sum is an exact gather
-        add_up(table)
-        outs, means, variances, ctx.totals = [], [], [], []
-        for x, w, b, part in zip(xs, weights, biases, table.split([1 + 2 * x.shape[1] for x in xs], 1)):
-            n, m, v = part.split([1, x.shape[1], x.shape[1]], 1)       # (ranks, 1), (ranks, C), (ranks, C)
-            mean = (n * m).sum(0) / n.sum()
-            var = (n * (v + (m - mean) ** 2)).sum(0) / n.sum()
-            outs.append(F.batch_norm(x, mean, var, w, b, False, 0.0, eps))
-            means, variances = means + [mean], variances + [var]
-            ctx.totals.append(n.sum())
-        ctx.eps, ctx.k, ctx.affine = eps, k, weights[0] is not None
-        ctx.save_for_backward(*xs, *means, *variances, *(weights if ctx.affine else ()))
-        ctx.mark_non_differentiable(*means, *variances)
-        return (*outs, *means, *variances)
+        n, m, v = add_up(table).split([1, x.shape[1], x.shape[1]], 1)  # (ranks, 1), (ranks, C), (ranks, C)
+        mean = (n * m).sum(0) / n.sum()
+        var = (n * (v + (m - mean) ** 2)).sum(0) / n.sum()
+        ctx.eps, ctx.total, ctx.affine = eps, n.sum(), weight is not None
+        ctx.save_for_backward(x, mean, var, weight if ctx.affine else torch.ones_like(mean))
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var
 
     @staticmethod
-    def backward(ctx, *grads):
-        k, saved = ctx.k, ctx.saved_tensors
-        xs, means, variances = saved[:k], saved[k:2 * k], saved[2 * k:3 * k]
-        weights = saved[3 * k:] if ctx.affine else [torch.ones_like(m) for m in means]
-        local = []
-        for x, dy, mean, var in zip(xs, grads, means, variances):
-            local += torch.ops.aten.native_batch_norm_backward(        # sum(dy xhat), sum(dy) over this process
-                dy, x, torch.ones_like(mean), mean, var, None, None, False, ctx.eps, [False, True, True])[1:]
-        sums = add_up(torch.cat(local))
-        dxs = []
-        for i, (dw, db) in enumerate(zip(*[iter(sums.split([len(part) for part in local]))] * 2)):
-            view = [1, -1] + [1] * (xs[i].dim() - 2)
-            inv = torch.rsqrt(variances[i] + ctx.eps)
-            scale = weights[i] * inv                   # dx = scale dy + slope x + shift, channel by channel
-            slope = -scale * inv * dw / ctx.totals[i]
-            shift = -scale * db / ctx.totals[i] - slope * means[i]
-            dx = grads[i] * scale.view(view) + xs[i] * slope.view(view) + shift.view(view)
-            dxs.append(dx.to(xs[i].dtype))
-        # Scales and shifts get this process's share: DDP averages the gradients of parameters itself.
-        dws, dbs = (local[0::2], local[1::2]) if ctx.affine else ([None] * k, [None] * k)
-        return (None, None, *dxs, *dws, *dbs)
+    def backward(ctx, dy, *_):
+        x, mean, var, weight = ctx.saved_tensors
+        _, dw, db = torch.ops.aten.native_batch_norm_backward(         # sum(dy xhat), sum(dy) over this process
+            dy, x, torch.ones_like(mean), mean, var, None, None, False, ctx.eps, [False, True, True])
+        sum_w, sum_b = add_up(torch.stack([dw, db]))
+        inv = torch.rsqrt(var + ctx.eps)
+        scale = weight * inv                           # dx = scale dy + slope x + shift, channel by channel
+        slope = -scale * inv * sum_w / ctx.total
+        shift = -scale * sum_b / ctx.total - slope * mean
+        view = [1, -1] + [1] * (x.dim() - 2)
+        dx = (dy * scale.view(view) + x * slope.view(view) + shift.view(view)).to(x.dtype)
+        # Scale and shift get this process's share: DDP averages the gradients of parameters itself.
+        return (None, dx, dw, db) if ctx.affine else (None, dx, None, None)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm of several streams, for (B, C) and (B, C, H, W). Its state dict is torch's own; the statistics of
-    prefixes (path_mean, path_var, each (g^s, C of a sub-net)) stand beside it and are saved apart.
+    """BatchNorm of the largest network or of m paths side by side, for (B, C) and (B, C, H, W). Its state dict is
+    torch's own; the statistics of prefixes (path_mean, path_var, each (g^s, C of a sub-net)) are saved apart.
 
-    Modes: "batch"    each stream by its own batch, over all processes; what training uses
+    Modes: "batch"    by the batch, over all processes; what training uses
            "last"     by the largest network's most recent batch, without gradient: how it sees other images now
            "collect"  by this process's batch, whose moments are added up for `finish`
            "saved"    by the statistics kept for inference
@@ -239,59 +237,51 @@ class BatchNorm(nn.BatchNorm2d):
             self.register_buffer("path_var", torch.ones(groups), persistent=False)
         self.last, self.sums = None, None
 
-    def forward(self, xs, cuts=None, slots=None, mode="batch"):
-        """xs: list of tensors. cuts: the channels each has (None: all). slots: the row of statistics of each."""
-        cuts = cuts or [None] * len(xs)
-        none = [None] * len(xs)
-        weights, biases = [cut_all(p, cuts, None, self.shared_grad) for p in (self.weight, self.bias)] if self.affine else (none, none)
-        if mode == "batch":
-            return self._batch(xs, weights, biases, cuts)
-        outs = []
-        for i, x in enumerate(xs):
-            if mode == "collect":
-                mean, var = self._collect(x, cuts[i], slots and slots[i])
-            else:
-                mean, var = self.last if mode == "last" else self.statistics(cuts[i], slots and slots[i])
-            outs.append(F.batch_norm(x, mean, var, weights[i], biases[i], False, 0.0, self.eps))
-        return outs
+    def scale_and_shift(self, cut=None, m=None):
+        """Both (C,), or of m paths side by side (m * C',): sliced by `cut`, or where there is none repeated."""
+        if cut is None:
+            return [p if m is None or p is None else p.repeat(m) for p in (self.weight, self.bias)]
+        return [cut_weight(p, cut, None, self.shared_grad).flatten() for p in (self.weight, self.bias)]
 
-    def _batch(self, xs, weights, biases, cuts):
-        k, momentum = len(xs), self.momentum
+    def statistics(self, cut=None, slots=None, mode="saved"):
+        """(mean, variance) that do not depend on the batch: of the largest network (slots None), or of prefixes' slots."""
+        if mode == "last":
+            return self.last
+        return (self.running_mean, self.running_var) if slots is None else (self.path_mean[slots].flatten(), self.path_var[slots].flatten())
+
+    def forward(self, x, cut=None, slots=None, mode="batch", m=None):
+        """x: (B, C, ...) of the largest network, or (B, m * C', ...) of m paths whose channels are `cut` (None: all) and
+        whose rows of statistics are `slots`."""
+        weight, bias = self.scale_and_shift(cut, m)
+        if mode == "batch":
+            return self._batch(x, weight, bias, largest=cut is None and m is None)
+        mean, var = self._collect(x, slots) if mode == "collect" else self.statistics(cut, slots, mode)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+
+    def _batch(self, x, weight, bias, largest):
         # torch's own kernel is quicker, but on CPU in fp32 its variance is good to 1e-5 only (seen with torch 2.15),
         # which shows as another loss on 1 process than on 2; in bf16 that does not matter.
-        if world_size() > 1 or xs[0].device.type == "cpu" and xs[0].dtype == torch.float32:
-            result = SyncedNorm.apply(self.eps, k, *xs, *weights, *biases)
-            outs, means, variances = result[:k], result[k:2 * k], result[2 * k:]
-            stats = {i: (means[i], variances[i]) for i in range(k)}
-        else:
-            outs, stats = [], {}
-            for i, x in enumerate(xs):
-                mean = var = None
-                if cuts[i] is None:                    # momentum 1 makes torch write this batch's moments there
-                    mean, var = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
-                outs.append(F.batch_norm(x, mean, var, weights[i], biases[i], True, 1.0, self.eps))
-                if mean is not None:
-                    n = x.numel() // x.shape[1]
-                    stats[i] = mean, var * ((n - 1) / n)
-        for i in range(k):
-            if cuts[i] is None:                        # a running average, for monitoring while training
-                self.last = stats[i]
-                self.running_mean.lerp_(stats[i][0], momentum)
-                self.running_var.lerp_(stats[i][1], momentum)
-        return list(outs)
+        if world_size() > 1 or x.device.type == "cpu" and x.dtype == torch.float32:
+            y, mean, var = SyncedNorm.apply(self.eps, x, weight, bias)
+        else:                                          # momentum 1 makes torch write this batch's moments there
+            mean, var = (torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)) if largest else (None, None)
+            y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, self.eps)
+            n = x.numel() // x.shape[1]
+            var = var * ((n - 1) / n) if largest else None
+        if largest:                                    # and a running average, for monitoring while training
+            self.last = mean, var
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+        return y
 
-    def _collect(self, x, cut, slot):
+    def _collect(self, x, slots):
         mean, var = moments(x)
-        rows = 1 if cut is None else len(self.path_mean)
+        n, (m, v) = x.numel() // x.shape[1], (s.double().view(len(slots or [0]), -1) for s in (mean, var))      # (m, C') each
         if self.sums is None:                          # count, sum, sum of squares: float64
-            self.sums = torch.zeros(rows, 1 + 2 * x.shape[1], dtype=torch.float64, device=x.device)
-        m, v, n = mean.double(), var.double(), x.numel() // x.shape[1]
-        self.sums[slot or 0] += torch.cat([m.new_ones(1), m, v + m * m]) * n
+            self.sums = torch.zeros(1 if slots is None else len(self.path_mean), 1 + 2 * m.shape[1], dtype=torch.float64, device=x.device)
+        for p, slot in enumerate(slots or [0]):
+            self.sums[slot] += torch.cat([m.new_ones(1), m[p], v[p] + m[p] * m[p]]) * n
         return mean, var
-
-    def statistics(self, cut, slot):
-        """(mean, variance) for inference: of the largest network (cut None) or of a prefix's slot."""
-        return (self.running_mean, self.running_var) if cut is None else (self.path_mean[slot], self.path_var[slot])
 
     def finish(self, cut_of_slot=None):
         """Turns what `collect` added up, on all processes, into the statistics for inference."""
@@ -308,8 +298,8 @@ class BatchNorm(nn.BatchNorm2d):
             self.path_mean.copy_(mean)
             self.path_var.copy_(var)
             for slot in (n[:, 0] < 2).nonzero().flatten().tolist():    # nothing to measure: the largest network's
-                self.path_mean[slot] = take(self.running_mean, cut_of_slot(slot))
-                self.path_var[slot] = take(self.running_var, cut_of_slot(slot))
+                self.path_mean[slot] = take(self.running_mean, cut_of_slot(slot))[0]
+                self.path_var[slot] = take(self.running_var, cut_of_slot(slot))[0]
         self.sums = None
 
 
@@ -416,67 +406,60 @@ class SDRNet(ResNet):
     def sub_width(self, channels):
         return sum(self.split(channels))
 
-    def cut(self, channels, digit):
-        """The channels of a stage that a path with this digit there uses (None: the largest network)."""
-        if digit is None:
-            return None
-        shared, group = self.split(channels)
-        return shared, shared + digit * group, shared + (digit + 1) * group
+    def cut(self, channels, digits):
+        """The channels of a stage that paths with these digits there use (None: the largest network); see `take`."""
+        return None if digits is None else (*self.split(channels), tuple(int(d) for d in digits))
 
     # -- forward
 
-    def _layer(self, conv, bn, xs, outs, inps, slots, mode):
-        weights = cut_all(conv.weight, outs, inps, self.shared_grad)
-        if mode == "saved":                            # BatchNorm folded into the convolution: one pass less
-            ys = []
-            for x, w, out, slot in zip(xs, weights, outs, slots):
-                mean, var = bn.statistics(out, slot)
-                scale = take(bn.weight, out) * torch.rsqrt(var + bn.eps)
-                ys.append(F.conv2d(x, w * scale.view(-1, 1, 1, 1), take(bn.bias, out) - mean * scale, conv.stride, conv.padding))
-            return ys
-        ys = [F.conv2d(x, w, None, conv.stride, conv.padding) for x, w in zip(xs, weights)]
-        return bn(ys, outs, slots, mode)
+    def _layer(self, conv, bn, x, out, inp, slots, mode):
+        """Convolution and BatchNorm, of the largest network or of m paths side by side."""
+        weight = cut_weight(conv.weight, out, inp, self.shared_grad).flatten(0, -4)    # (m * O', I', k, k)
+        m = 1 if out is None else len(out[2])
+        if mode in ("saved", "last"):                  # statistics are known: folded into the convolution, one pass less
+            mean, var = bn.statistics(out, slots, mode)
+            scale, shift = bn.scale_and_shift(out)
+            scale = scale * torch.rsqrt(var + bn.eps)
+            return F.conv2d(x, weight * scale.view(-1, 1, 1, 1), shift - mean * scale, conv.stride, conv.padding, 1, m)
+        return bn(F.conv2d(x, weight, None, conv.stride, conv.padding, 1, m), out, slots, mode)
 
     def stem(self, x, mode="saved"):
         """Images (B, 3, H, W) -> (B, width, H', W'): common to all paths."""
-        x, = self._layer(self.conv1, self.bn1, [x], [None], [None], [None], mode)
-        return self.maxpool(F.relu(x))
+        return self.maxpool(F.relu_(self._layer(self.conv1, self.bn1, x, None, None, None, mode)))
 
-    def stage(self, s, xs, prefixes, mode="saved"):
-        """Stage s (0 to 3) of several streams, layer by layer, so that BatchNorm speaks once for all of them.
-
-        xs: list of (B_i, C_i, H, W). prefixes: for each, the first s+1 digits of its path, or None for the
-        largest network. Returns a list like xs."""
-        slots = [None if p is None else prefix_slot(p, self.groups) for p in prefixes]
-        digits = [None if p is None else p[s] for p in prefixes]
-        before = [None if p is None or s == 0 else p[s - 1] for p in prefixes]
+    def stage(self, s, x, prefixes=None, mode="saved"):
+        """Stage s (0 to 3) of the largest network, x (B, C, H, W), or of m paths side by side, x (B, m * C', H, W).
+        prefixes: the first s+1 digits of each path. Returns a tensor like x."""
+        slots, digits, inp = None, None, None
         blocks = self.stages()[s]
-        inps = [self.cut(blocks[0].conv1.in_channels, d) for d in before]
+        if prefixes is not None:
+            slots, digits = [prefix_slot(p, self.groups) for p in prefixes], [p[s] for p in prefixes]
+            inp = None if s == 0 else self.cut(blocks[0].conv1.in_channels, [p[s - 1] for p in prefixes])
         for block in blocks:
-            layers = block.layers()
-            inner = [self.cut(layers[0][0].out_channels, d) for d in digits]
-            outs = [self.cut(layers[-1][0].out_channels, d) for d in digits]
-            ys, cuts = xs, inps
-            for i, (conv, bn) in enumerate(layers):
-                to = outs if i == len(layers) - 1 else inner
-                ys = self._layer(conv, bn, ys if i == 0 else [F.relu(y) for y in ys], to, cuts, slots, mode)
-                cuts = to
+            y, cut = x, inp
+            for i, (conv, bn) in enumerate(block.layers()):
+                out = self.cut(conv.out_channels, digits)
+                y, cut = self._layer(conv, bn, y if i == 0 else F.relu_(y), out, cut, slots, mode), out
             if block.downsample is not None:
-                xs = self._layer(block.downsample[0], block.downsample[1], xs, outs, inps, slots, mode)
-            elif s == 0 and block is blocks[0]:        # the stem's full width: select the path's channels
-                xs = [x if c is None else torch.cat([x[:, :c[0]], x[:, c[1]:c[2]]], 1) for x, c in zip(xs, outs)]
-            xs, inps = [F.relu(y + x) for y, x in zip(ys, xs)], outs
-        return xs
+                x = self._layer(*block.downsample, x, out, inp, slots, mode)
+            elif s == 0 and block is blocks[0] and out is not None:    # the stem's full width: select the paths' channels
+                x = torch.cat([part[:, c] for part, c in zip(x.chunk(len(digits), 1), _channels(out, x.device))], 1)
+            x, inp = F.relu_(y.add_(x)), out           # in place: BatchNorm's backward needs its input only
+        return x
 
-    def streams(self, xs, paths, mode):
-        """Stem outputs xs, a path each (None: the largest network) -> pooled features, a list of (B_i, D_i) in fp32."""
+    def trunk(self, x, paths=None, mode="saved"):
+        """Stem outputs (B, C, H, W) -> pooled features of the largest network, (B, D) in fp32. With m paths, outputs
+        (m * B, C, H, W), the images of one path after those of another -> (B, m, D')."""
+        if paths is not None:                          # side by side, channels last: (B, m * C, H, W)
+            x = x.unflatten(0, (len(paths), -1)).permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
         for s in range(STAGES):
-            xs = self.stage(s, xs, [None if p is None else p[:s + 1] for p in paths], mode)
-        return [x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) for x in xs]
+            x = self.stage(s, x, None if paths is None else [p[:s + 1] for p in paths], mode)
+        f = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        return f if paths is None else f.unflatten(1, (len(paths), -1))
 
     def forward(self, x, path=None):
         """Images (B, 3, H, W) -> features (B, D) of the largest network, or of the sub-net of `path`, for inference."""
-        return self.streams([self.stem(x)], [path], "saved")[0]
+        return self.trunk(self.stem(x)) if path is None else self.trunk(self.stem(x), [path])[:, 0]
 
     def walk(self, x, indices=None):
         """Yields (index, features (B, D)) of all sub-nets, or those in `indices`, in order. Each prefix is computed
@@ -488,7 +471,7 @@ class SDRNet(ResNet):
                 yield path_to_index(prefix, self.groups), x.mean((2, 3), dtype=torch.float32)
                 return
             for longer in sorted({p[:len(prefix) + 1] for p in wanted if p[:len(prefix)] == prefix}):
-                yield from grow(self.stage(len(prefix), [x], [longer])[0], longer)
+                yield from grow(self.stage(len(prefix), x, [longer]), longer)
         yield from grow(self.stem(x), ())
 
     # -- statistics for inference
@@ -502,7 +485,7 @@ class SDRNet(ResNet):
             return
         for block in self.stages()[stage]:
             for bn in [bn for _, bn in block.layers()] + ([] if block.downsample is None else [block.downsample[1]]):
-                bn.finish(lambda slot, c=bn.num_features: self.cut(c, slot % self.groups))
+                bn.finish(lambda slot, c=bn.num_features: self.cut(c, [slot % self.groups]))
 
     def path_statistics(self):
         """{name: (means, variances)}, each (g^s, C): what a checkpoint keeps beside the state dict."""
@@ -523,33 +506,31 @@ class SDRNet(ResNet):
     def extract(self, path=None):
         """The sub-net of `path` (None: the largest network) as a plain, dense ResNet in eval mode, equal outputs."""
         stem = self.config["width"]
-        digits = [None] * STAGES if path is None else index_to_path(path_to_index(path, self.groups), self.groups)
-        widths = [stem * 2 ** s if d is None else self.sub_width(stem * 2 ** s) for s, d in enumerate(digits)]
+        digits = [None] * STAGES if path is None else [[d] for d in index_to_path(path_to_index(path, self.groups), self.groups)]
+        widths = [stem * 2 ** s if path is None else self.sub_width(stem * 2 ** s) for s in range(STAGES)]
         net = ResNet(self.config["arch"], widths, stem, self.config["small_stem"]).to(self.conv1.weight)
-        net.config["path"] = None if path is None else list(digits)
+        net.config["path"] = None if path is None else [d for d, in digits]
 
-        def copy(conv, bn, to_conv, to_bn, out, inp, slot):
-            mean, var = bn.statistics(out, slot)
-            to_conv.weight.copy_(take(conv.weight, out, inp))
-            for to, value in ((to_bn.weight, take(bn.weight, out)), (to_bn.bias, take(bn.bias, out)),
-                              (to_bn.running_mean, mean), (to_bn.running_var, var)):
+        def copy(conv, bn, to_conv, to_bn, out, inp, slots):
+            to_conv.weight.copy_(cut_weight(conv.weight, out, inp).flatten(0, -4))
+            for to, value in zip((to_bn.weight, to_bn.bias, to_bn.running_mean, to_bn.running_var),
+                                 (*bn.scale_and_shift(out), *bn.statistics(out, slots))):
                 to.copy_(value)
         with torch.no_grad():
             copy(self.conv1, self.bn1, net.conv1, net.bn1, None, None, None)
             inp = None
             for s, (blocks, plain) in enumerate(zip(self.stages(), net.stages())):
-                slot = None if path is None else prefix_slot(digits[:s + 1], self.groups)
+                slots = None if path is None else [prefix_slot([d for d, in digits[:s + 1]], self.groups)]
                 for block, to in zip(blocks, plain):
-                    layers, entry = block.layers(), inp
-                    out = self.cut(layers[-1][0].out_channels, digits[s])
-                    for i, ((conv, bn), (to_conv, to_bn)) in enumerate(zip(layers, to.layers())):
-                        width = out if i == len(layers) - 1 else self.cut(conv.out_channels, digits[s])
-                        copy(conv, bn, to_conv, to_bn, width, inp, slot)
-                        inp = width
+                    entry = inp
+                    for (conv, bn), (to_conv, to_bn) in zip(block.layers(), to.layers()):
+                        out = self.cut(conv.out_channels, digits[s])
+                        copy(conv, bn, to_conv, to_bn, out, inp, slots)
+                        inp = out
                     if block.downsample is not None:
-                        copy(*block.downsample, *to.downsample, out, entry, slot)
+                        copy(*block.downsample, *to.downsample, out, entry, slots)
                     elif to.downsample is not None:    # the selection of channels, as a convolution of zeros and ones
-                        to.downsample[0].weight.copy_(take(torch.eye(stem), out)[:, :, None, None])
+                        to.downsample[0].weight.copy_(take(torch.eye(stem), out)[0, :, :, None, None])
         return net.eval()
 
 

@@ -99,7 +99,7 @@ def test_extracted_network_is_a_narrow_torchvision_resnet():
 def test_widths_follow_the_table():
     net = SDRNet("resnet18", 64, 4, 0.5)
     assert [net.sub_width(64 * 2 ** s) for s in range(4)] == [40, 80, 160, 320] and net.split(64) == (32, 8)
-    assert net.cut(64, 3) == (32, 56, 64) and net.cut(64, None) is None
+    assert net.cut(64, [3, 0]) == (32, 8, (3, 0)) and net.cut(64, None) is None
     assert SDRNet("resnet50", 64, 4).sub_features == 4 * 320
 
 
@@ -119,7 +119,7 @@ def test_gradients_reach_exactly_the_shared_and_the_chosen_groups():
                 m.weight.fill_(1.0)
     path = (1, 0, 1, 0)
     s = net.stem(torch.randn(8, 3, 16, 16), "batch")
-    net.streams([s], [path], "batch")[0].square().sum().backward()
+    net.trunk(s, [path], "batch").square().sum().backward()
     used = lambda channels, digit: set(range(channels // 2)) | set(range(channels // 2 + digit * channels // 4, channels // 2 + (digit + 1) * channels // 4))
     for stage in range(4):
         c = 16 * 2 ** stage
@@ -132,17 +132,25 @@ def test_gradients_reach_exactly_the_shared_and_the_chosen_groups():
                 assert inputs == (used(c, path[stage]) if not first else set(range(16)) if stage == 0 else used(c // 2, path[stage - 1])), (stage, name)
 
 
-def test_cut_equals_indexing_with_autograd():
-    w = torch.randn(12, 8, 3, 3, dtype=torch.float64, requires_grad=True)
-    cuts = [((6, 8, 10), (4, 6, 8)), ((6, 6, 8), None)]
-    rows = [torch.tensor([0, 1, 2, 3, 4, 5, 8, 9]), torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])]
-    columns = [torch.tensor([0, 1, 2, 3, 6, 7]), torch.arange(8)]
-    parts = sdrnet.cut_all(w, [c[0] for c in cuts], [c[1] for c in cuts])
-    reference = [w[r][:, c] for r, c in zip(rows, columns)]
-    assert all(torch.equal(a, b) for a, b in zip(parts, reference))
-    got, = torch.autograd.grad(sum((p ** 3).sum() for p in parts), w)
-    want, = torch.autograd.grad(sum((p ** 3).sum() for p in reference), w)
-    assert torch.allclose(got, want)
+@pytest.mark.parametrize("shared_grad", [True, False])
+def test_cut_equals_indexing_with_autograd(shared_grad):
+    w, v = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((12, 8, 3, 3), (12,)))
+    rows, columns = [[0, 1, 2, 3, 4, 5, 8, 9], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 8, 9]], [[0, 1, 2, 3, 6, 7], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+    out, inp = (6, 2, (1, 0, 1)), (4, 2, (1, 0, 0))
+    for dims, cut_out, cut_inp in ((("out", "in"), out, inp), (("out",), out, None), (("in",), None, inp)):
+        got = sdrnet.cut_weight(w, cut_out, cut_inp, shared_grad)
+        want = torch.stack([w[r if "out" in dims else range(12)][:, c if "in" in dims else range(8)] for r, c in zip(rows, columns)])
+        assert torch.equal(got, want)
+        g, = torch.autograd.grad((got ** 3).sum(), w)
+        h, = torch.autograd.grad((want ** 3).sum(), w)
+        common = torch.zeros(12, 8, 1, 1, dtype=torch.bool)
+        common[:6 if "out" in dims else 12, :4 if "in" in dims else 8] = not shared_grad
+        assert torch.allclose(g, h.masked_fill(common, 0))
+    got, want = sdrnet.cut_weight(v, out, None, shared_grad), torch.stack([v[r] for r in rows])
+    assert torch.equal(got, want)
+    g, = torch.autograd.grad((got ** 3).sum(), v)
+    h, = torch.autograd.grad((want ** 3).sum(), v)
+    assert torch.allclose(g, h if shared_grad else torch.cat([torch.zeros(6, dtype=h.dtype), h[6:]]))
 
 
 def test_statistics_of_prefixes_are_plain_moments():
@@ -151,10 +159,10 @@ def test_statistics_of_prefixes_are_plain_moments():
     x = torch.randn(24, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         for part in x.split(12):                       # two batches, pooled
-            net.stage(0, [net.stem(part)], [(1,)], "collect")
+            net.stage(0, net.stem(part), [(1,)], "collect")
         net.finish_statistics(0)
         conv = net.layer1[0].conv1
-        y = F.conv2d(net.stem(x), sdrnet.take(conv.weight, net.cut(8, 1)), padding=1)
+        y = F.conv2d(net.stem(x), sdrnet.take(conv.weight, net.cut(8, [1]))[0], padding=1)
     bn = net.layer1[0].bn1
     assert torch.allclose(bn.path_mean[1], y.mean((0, 2, 3))) and torch.allclose(bn.path_var[1], y.var((0, 2, 3), correction=0))
     assert torch.equal(bn.path_mean[0], torch.zeros(6, dtype=torch.float64))      # nobody came by: the largest network's
@@ -254,10 +262,9 @@ def test_sdr_loss_is_the_sum_of_its_parts():
     total = plain_simsiam(model, x)
     with torch.no_grad():                              # the teacher normalises by the uniform batch: put it beside
         stem = net.stem(x, "batch")
-        f0, = net.streams([stem], [None], "batch")
-        z0, = model.projector([f0])
+        model.projector(net.trunk(stem, None, "batch"))
         s = net.stem(sub, "last")
-        teacher, = model.projector(net.streams([s], [None], "last"), mode="last")
+        teacher = model.projector(net.trunk(s, None, "last"), mode="last")
     for i, path in enumerate(paths):
         own = s[8 * i:8 * i + 8]
         plain = net.extract(path).train()
