@@ -426,14 +426,15 @@ class SDRNet(ResNet):
     # -- forward
 
     def _layer(self, conv, bn, xs, outs, inps, slots, mode):
-        weights = cut_all(conv.weight, outs, inps, self.shared_grad)
         if mode == "saved":                            # BatchNorm folded into the convolution: one pass less
             ys = []
-            for x, w, out, slot in zip(xs, weights, outs, slots):
+            for x, out, inp, slot in zip(xs, outs, inps, slots):
                 mean, var = bn.statistics(out, slot)
                 scale = take(bn.weight, out) * torch.rsqrt(var + bn.eps)
-                ys.append(F.conv2d(x, w * scale.view(-1, 1, 1, 1), take(bn.bias, out) - mean * scale, conv.stride, conv.padding))
+                weight = take(conv.weight, out, inp).mul_(scale.view(-1, 1, 1, 1))
+                ys.append(F.conv2d(x, weight, take(bn.bias, out) - mean * scale, conv.stride, conv.padding))
             return ys
+        weights = cut_all(conv.weight, outs, inps, self.shared_grad)
         ys = [F.conv2d(x, w, None, conv.stride, conv.padding) for x, w in zip(xs, weights)]
         return bn(ys, outs, slots, mode)
 
