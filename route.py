@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import sdrnet
-from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_array, open_images,
+from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, open_images,
                       open_tasks, plain_input, rank, run, save_array, say, score, start, torchvision_listing)
 from sdrnet import InputError, index_to_path, world_size
 
@@ -445,10 +445,7 @@ def shown_clusters(args, content):
     if data is None or not os.path.isfile(file):
         return None
     images = open_images(argparse.Namespace(data=data, root=args.root, download=False, subset=config.get("subset"), seed=config.get("seed", 0)))
-    clusters = load_array(file, "i", 1)
-    if len(clusters) != len(images):
-        raise InputError(f"{file} has {len(clusters)} entries and --data {len(images)} images")
-    return images, clusters
+    return images, load_clusters(file, images)[0]
 
 
 def main():

@@ -394,7 +394,7 @@ class SDRNet(ResNet):
     shared_grad = True
 
     def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False):
-        self.groups, self.shared = groups, shared
+        self.groups, self.shared, self.width = groups, shared, width
         if arch not in ARCHS:
             raise InputError(f"arch {arch!r} is not one of {', '.join(ARCHS)}")
         if not (0 <= shared < 1 and groups >= 1 and int(width * (1 - shared) / groups) >= 1):
@@ -409,8 +409,10 @@ class SDRNet(ResNet):
     # -- which channels
 
     def split(self, channels):
-        """(shared, group): channels in the shared part and in each of the g groups."""
-        group = int(channels * (1 - self.shared) / self.groups)
+        """(shared, group): channels in the shared part and in each of the g groups. A ResNet-50's are multiples of those of
+        `width`: else a block's output, where g divides it better, would not be four times its inner width."""
+        unit = self.width if self.expansion > 1 else channels
+        group = int(unit * (1 - self.shared) / self.groups) * (channels // unit)
         return channels - group * self.groups, group
 
     def sub_width(self, channels):

@@ -510,6 +510,25 @@ def test_the_centroid_search_counts_images_by_cluster():
     assert np.allclose(shares, 100 * np.bincount(wanted, minlength=16) / 8)
 
 
+def test_readme_loads_a_subnet_in_plain_torchvision(tmp_path):
+    """README's lines, in a process that cannot import this project, on every architecture; the same outputs."""
+    text = open(os.path.join(ROOT, "README.md"), encoding="utf8").read().split("as a plain torchvision ResNet of its widths:\n\n")[1]
+    (tmp_path / "readme.py").write_text(textwrap.dedent(text.split("\nor with one file of it")[0]))
+    x, folders = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)), []
+    for arch, small, groups in (("resnet18", False, 2), ("resnet18", True, 1), ("resnet34", True, 4), ("resnet50", False, 3)):
+        folders.append(tmp_path / f"{arch}{groups}")
+        folders[-1].mkdir()
+        plain = shaken(SDRNet(arch, 8, groups, 0.5, small)).extract((groups - 1, 0, groups // 2, 0))
+        sdrnet.save(str(folders[-1] / "subnet.pt"), sdrnet.checkpoint(plain, "subnet"))
+        with torch.no_grad():
+            torch.save((x, plain(x)), folders[-1] / "x.pt")
+    code = ("import os, sys, torch\nfor folder in sys.argv[2:]:\n os.chdir(folder); exec(open(sys.argv[1]).read()); x, y = torch.load('x.pt')\n"
+            " with torch.no_grad(): assert y.std() > 1e-3 and torch.allclose(net(x), y, rtol=1e-4, atol=1e-5), folder\n"
+            "try:\n import sdrnet\nexcept ImportError: print('alone')")
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "readme.py"), *map(str, folders)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == "alone", done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3], [0, 0, 0, 1, 1, 1]])
 def test_routing_survives_tiny_tasks(labels):
     task = random_task(labels, classes=max(labels) + 1)
