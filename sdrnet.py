@@ -20,7 +20,7 @@ channels lie [shared | group 0 | ... | group g-1]. With shared = 1/2:
     layer2                        128    64 + 1x64    64 + 2x32   64 + 4x16   80
     layer3                        256    128 + ...    128 + ...   128 + 4x32 160
     layer4                        512    256 + ...    256 + ...   256 + 4x64 320
-A ResNet-50 splits the inner width of a block like this and its output at four times that.
+A ResNet-50 splits `width` like this, and every other width, inner or output, in proportion.
 The stem keeps its full width and is common to all paths. Where ResNet-18/34's first shortcut has no
 projection, it selects the path's channels; in an extracted sub-net this is a 1x1 convolution of zeros and ones.
 

@@ -265,15 +265,15 @@ def one_by_one(net, task, size, indices):
 @row("256 paths of a ResNet-50 as a tree / one by one", 0.40)
 def tree():
     net, task = resnet50(32), random_task(64, 1, 64)
-    a, b = paired(lambda: route.search_all(net, task, CPU, "auto", 20, tests=False), lambda: one_by_one(net, task, 64, range(256)), 2)
+    a, b = paired(lambda: route.search_all(net, task, CPU, "auto", 20, tests=False), lambda: one_by_one(net, task, 64, range(256)), 1)
     return a / b, {"tree_s": a, "one_by_one_s": b, "images": 64, "size": 64, "width": 32}
 
 
 @row("halving / one by one", 0.20)
 def halving():
-    net, task = resnet50(16), random_task(256, 1, 64)
-    a, b = paired(lambda: route.search_halving(net, task, CPU, "auto", 20), lambda: one_by_one(net, task, 64, range(256)), 2)
-    return a / b, {"halving_s": a, "one_by_one_s": b, "images": 256, "size": 64, "width": 16}
+    net, task = resnet50(16), random_task(512, 1, 64)
+    a, b = paired(lambda: route.search_halving(net, task, CPU, "auto", 20), lambda: one_by_one(net, task, 64, range(256)), 1)
+    return a / b, {"halving_s": a, "one_by_one_s": b, "images": 512, "size": 64, "width": 16}
 
 
 @row("memory of the tree / of one by one, without the tree's features", 3.0)

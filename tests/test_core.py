@@ -567,6 +567,26 @@ def processes(script, count, *arguments):
     return done.stdout
 
 
+def test_two_processes_share_the_sub_trees_and_score_alike(tmp_path):
+    (tmp_path / "route_two.py").write_text(textwrap.dedent("""
+        import argparse, sys, numpy as np, torch, pretrain, route, sdrnet
+        device = pretrain.start(argparse.Namespace(device="cpu", seed=0))
+        net = sdrnet.SDRNet("resnet18", 8, 2, 0.5, True).eval()
+        for m in net.modules():
+            if isinstance(m, sdrnet.BatchNorm): torch.nn.init.uniform_(m.weight, 0.5, 1.5)
+        task = pretrain.open_tasks(["toy:weaves"])[0]
+        walked, run = [], net.walk
+        net.walk = lambda x, indices: walked.extend(indices) or run(x, indices)
+        scores = np.stack([*route.search_all(net, task, device, "off", 5), route.search_halving(net, task, device, "off", 5, keep=4)[0]])
+        if pretrain.rank() == 0: np.savez(sys.argv[1], scores=scores, walked=len(set(walked)))
+    """))
+    for count in (1, 2):
+        processes(tmp_path / "route_two.py", count, tmp_path / f"{count}.npz")
+    one, two = (np.load(tmp_path / f"{count}.npz") for count in (1, 2))
+    assert one["walked"] == 16 and two["walked"] == 8  # each process runs half of the sub-nets
+    assert np.allclose(one["scores"], two["scores"], atol=1e-5, equal_nan=True) and np.isfinite(one["scores"][2]).sum() == 4
+
+
 def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
     (tmp_path / "step.py").write_text(textwrap.dedent("""
         import sys, torch, torch.distributed as dist, pretrain, sdrnet
