@@ -183,15 +183,18 @@ def add_up(table, device):
     return sdrnet.add_up(torch.from_numpy(table).to(device)).cpu().numpy()
 
 
-def search_halving(net, task, device, amp, k, shares=(1 / 8, 1 / 4, 1 / 2, 1), keep=8):
+def search_halving(net, task, device, amp, k, shares=(1 / 8, 1 / 4, 1 / 2, 1), keep=8, fewest=100):
     """All sub-nets on the first share of the training images, then each round the better half, but at least `keep`, on
-    twice as many, with the features of the round before.
+    twice as many, with the features of the round before. No round sees less than `fewest` images: on 50 of a task's 400 the
+    choice was up to 4.75 points behind the best (16 sub-nets, toy images), on 100 it was the best in 11 of 12 tasks.
 
     Returns (leave-one-out scores float64 (g^4,): nan but for those that saw everything; share of image passes done)."""
     count, images, classes = net.groups ** 4, task.train, len(task.train.classes)
     alive, features, passes, rows = list(range(count)), {}, 0, np.arange(0)
     for share in shares:
-        wanted = stratified(images.labels, max(math.ceil(share * len(images)), 2 * classes))
+        wanted = stratified(images.labels, max(math.ceil(share * len(images)), 2 * classes, fewest))
+        if len(wanted) == len(rows):
+            continue
         new, scores, done = np.setdiff1d(wanted, rows), np.zeros(count), []        # a smaller part lies in the larger
         rows, passes = np.concatenate([rows, new]), passes + len(alive) * len(new)
         complete, after = len(rows) == len(images), max(keep, len(alive) // 2)

@@ -481,11 +481,11 @@ def test_halving_ends_with_full_scores_and_saves(metric):
         for part in (task.train, task.test):
             part.labels = (F.one_hot(part.labels, 4) + F.one_hot(part.labels.flip(0), 4)).clamp(max=1)
     full, _ = route.search_all(net, task, cpu, "off", 5)
-    scores, passes = route.search_halving(net, task, cpu, "off", 5, keep=2)
+    scores, passes = route.search_halving(net, task, cpu, "off", 5, keep=2, fewest=1)
     known = np.isfinite(scores)
     assert known.sum() == 2 and np.allclose(scores[known], full[known], atol=1e-4) and len(np.unique(full)) > 3
     assert passes == pytest.approx((16 + 8) / 8 / 16 + 4 / 4 / 16 + 2 / 2 / 16)    # sub-nets x new images of each round
-    everything, passes = route.search_halving(net, task, cpu, "off", 5, keep=16)
+    everything, passes = route.search_halving(net, task, cpu, "off", 5, keep=16, fewest=1)
     assert passes == 1 and np.allclose(everything, full, atol=1e-4)
 
 
@@ -500,6 +500,7 @@ def test_halving_keeps_the_sub_net_that_is_clearly_best(monkeypatch):
     monkeypatch.setattr(route, "tree_features", features)
     scores, _ = route.search_halving(SDRNet("resnet18", 8, 2, 0.5, True), task, torch.device("cpu"), "off", 5)
     assert np.nanargmax(scores) == 11 and scores[11] == 100 and np.isfinite(scores).sum() == 8
+    assert np.isfinite(route.search_halving(SDRNet("resnet18", 8, 2, 0.5, True), pretrain.Task("few", task.train.subset(np.arange(90)), task.test), torch.device("cpu"), "off", 5)[0]).all()
 
 
 def test_the_centroid_search_counts_images_by_cluster():
