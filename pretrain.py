@@ -705,8 +705,9 @@ def knn(train, labels, queries, classes, k=20, temperature=0.07, leave_one_out=F
     votes = labels.float() if labels.dim() > 1 else F.one_hot(labels, classes).float()
     k = min(k, len(train) - 1 if leave_one_out else len(train))
     shares = torch.empty(len(queries), votes.shape[1], device=queries.device)
+    room = train.new_empty(min(chunk, len(queries)), len(train))       # one buffer for all chunks: half the memory
     for a in range(0, len(queries), chunk):
-        similarity = queries[a:a + chunk] @ train.T    # (chunk, N)
+        similarity = torch.mm(queries[a:a + chunk], train.T, out=room[:len(queries) - a])      # (chunk, N)
         if leave_one_out:
             rows = torch.arange(len(similarity), device=similarity.device)
             similarity[rows, rows + a] = -math.inf

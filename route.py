@@ -11,7 +11,7 @@ votes weighted by exp(cos / 0.07)); test images only report. The g^4 sub-nets ar
 once, sub-tree by sub-tree, so that features of at most g^2 sub-nets exist at a time.
 
     --search all       every sub-net on all training images
-    --search halving   every sub-net on a quarter of them, the best eighth on half, the best quarter of those on all
+    --search halving   every sub-net on an eighth of them, then the better half on twice as many, until they see all
     --search centroid  no labels: the images are assigned to clusters by the largest network; the largest share wins
 
 In:  sdrnet.pt, tasks (--task NAME, repeatable): toy, toy:WORLD, a folder, or with --root one of aircraft caltech101
@@ -19,8 +19,9 @@ In:  sdrnet.pt, tasks (--task NAME, repeatable): toy, toy:WORLD, a folder, or wi
 Out: <out>/<task>/scores.npy       float32 (g^4,) leave-one-out scores in percent (nan: not scored on all images)
                   test_scores.npy  float32 (g^4,) test scores, never used to choose
                   subnet.pt        the chosen sub-net, plain and dense (see sdrnet.py); subnet.pt2 with --export
-                  result.json      chosen path, largest network, mean, best, each on train and test; the protocol
+                  result.json      chosen path, largest network, mean and best of all, each on train and test; the protocol
                   histogram.png    with matplotlib; cluster.png, what the chosen sub-net was trained on
+     <out>/gain.png                with matplotlib: each task's gain over the largest network
 
 Measured: 16 sub-nets of a ResNet-18 of width 16 at 32 px on 5,000 + 2,000 images: 24 s on one CPU core.
 """
@@ -28,17 +29,17 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import sdrnet
-from pretrain import (CORES, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, knn, load_array, open_images, open_tasks, plain_input,
-                      rank, run, save_array, say, score, start, torchvision_listing)
-from sdrnet import InputError, index_to_path, path_to_index, world_size
+from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, open_images,
+                      open_tasks, plain_input, rank, run, save_array, say, score, start, torchvision_listing)
+from sdrnet import InputError, index_to_path, world_size
 
 
 # ---------------------------------------------------------------------------- the eleven tasks of the paper
@@ -98,23 +99,20 @@ def sun_part(root, download, listing):
 
 # ---------------------------------------------------------------------------- scoring
 
-class Pixels:
-    """A task's images in memory, as sub-nets see them: train and test uint8 (N, 3, S, S), labels, metric.
-    About `limit` of each part, the same share of every class."""
-
-    def __init__(self, task, size, limit, workers):
-        self.name, self.metric, self.classes = task.name, task.metric, task.train.classes
-        for part in ("train", "test"):
-            images = getattr(task, part)
-            order = stratified(images.labels, limit)
-            if len(order) < len(images):
-                say(f"  {task.name}: {len(order):,} of {len(images):,} {part} images (--max-images), each class alike")
-            pixels = torch.empty(len(order), 3, size, size, dtype=torch.uint8)
-            for block, x in batches(images, size, workers=workers, mine=False, order=order):
-                pixels[torch.from_numpy(block)] = x
-                Signals.poll()
-            setattr(self, part, pixels)
-            setattr(self, f"{part}_labels", images.labels[order])
+def decoded(task, size, limit, workers):
+    """A task as the sub-nets see it: uint8 (N, 3, S, S) in memory, of each part about `limit` images, every class alike."""
+    parts = []
+    for part in ("train", "test"):
+        images = getattr(task, part)
+        order = stratified(images.labels, limit)
+        if len(order) < len(images):
+            say(f"  {task.name}: {len(order):,} of {len(images):,} {part} images (--max-images), each class alike")
+        packed = torch.empty(len(order), 3, size, size, dtype=torch.uint8)
+        for block, x in batches(images, size, workers=workers, mine=False, order=order):
+            packed[torch.from_numpy(block)] = x
+            Signals.poll()
+        parts.append(Images([images.names[i] for i in order], None, images.labels[order], images.classes, packed))
+    return Task(task.name, *parts, task.metric)
 
 
 def stratified(labels, limit):
@@ -141,119 +139,85 @@ def tree_features(net, pixels, indices, device, amp, batch=256):
     return table
 
 
-@torch.no_grad()
-def plain_features(net, pixels, device, amp, batch=256):
-    """Features float32 (N, D) of one network: a plain ResNet, or an SDRNet's largest."""
-    parts = []
-    for a in range(0, len(pixels), batch):
-        with autocast(device, amp):
-            parts.append(net(plain_input(pixels[a:a + batch], device)).float().cpu())
-        Signals.poll()
-    return torch.cat(parts)
-
-
-def loo_score(features, task, rows=slice(None), k=20):
+def loo_score(features, task, k=20):
     """Leave-one-out kNN percent of training features (N, D), in the task's metric."""
-    labels = task.train_labels[rows]
-    return score(knn(features, labels, None, len(task.classes), k, leave_one_out=True), labels, task.metric)
+    return score(knn(features, task.train.labels, None, len(task.train.classes), k, leave_one_out=True), task.train.labels, task.metric)
 
 
-def test_score(train, test, task, k=20):
-    return score(knn(train, task.train_labels, test, len(task.classes), k), task.test_labels, task.metric)
+def loo_votes(features, labels, classes, k=20):
+    """Percent of the leave-one-out votes that go to the right classes. It ranks sub-nets on few images, where right or
+    wrong is too coarse: halving by it finds a sub-net within a point of the best more often."""
+    right = labels if labels.dim() > 1 else F.one_hot(labels, classes)
+    return 100 * float((knn(features, labels, None, classes, k, leave_one_out=True) * right).sum() / right.sum())
 
 
-def subtrees(indices, groups):
-    """Sub-nets grouped by the first two digits of their path: at most g^2 in a group."""
+def own_subtrees(indices, groups):
+    """This process's share of sub-nets, grouped by the first two digits of their path: at most g^2 in a group. A sub-tree
+    stays with its process, so that halving finds the features of the round before."""
     table = {}
     for i in indices:
         table.setdefault(int(i) // groups ** 2, []).append(int(i))
-    return list(table.values())
+    return [members for prefix, members in table.items() if prefix % world_size() == rank()]
 
 
 def search_all(net, task, device, amp, k, indices=None, tests=True):
-    """Leave-one-out and test scores of sub-nets (default: all), float32 (g^4,), nan where not asked for.
+    """Leave-one-out and test scores of sub-nets (default: all), float64 (2, g^4), nan where not asked for.
     Sub-trees are shared out over the processes."""
-    count = net.groups ** 4
-    table, began = np.zeros((2, count)), time.time()
-    groups = subtrees(range(count) if indices is None else indices, net.groups)
-    for n, members in enumerate(groups):
-        if n % world_size() != rank():
-            continue
-        train = tree_features(net, task.train, members, device, amp)
-        test = tree_features(net, task.test, members, device, amp) if tests else None
+    count, began = net.groups ** 4, time.time()
+    indices, table = np.arange(count) if indices is None else np.asarray(indices), np.zeros((2, count))
+    own = own_subtrees(indices, net.groups)
+    for n, members in enumerate(own, 1):
+        train = tree_features(net, task.train.packed, members, device, amp)
+        test = tree_features(net, task.test.packed, members, device, amp) if tests else {}
         for i in members:
-            table[0, i] = loo_score(train[i], task, k=k)
-            table[1, i] = test_score(train[i], test[i], task, k) if tests else 0
-        say(f"\r  {task.name}: sub-tree {n + 1} of {len(groups)}, {time.time() - began:.0f} s", end="" if n + 1 < len(groups) else "\n")
+            table[:, i] = loo_score(train[i], task, k), knn_score(train[i], test[i], task, k) if tests else np.nan
+        if sys.stdout.isatty() and len(own) > 1:
+            say(f"\r  {task.name}: sub-tree {n} of {len(own)}, {time.time() - began:.0f} s", end="" if n < len(own) else "\n")
     table = add_up(table, device)
-    if indices is not None:
-        skipped = np.setdiff1d(np.arange(count), indices)
-        table[:, skipped] = np.nan
-    return table[0], table[1] if tests else np.full(count, np.nan)
+    table[:, np.setdiff1d(np.arange(count), indices)] = np.nan
+    return table
 
 
 def add_up(table, device):
     """The sum over processes of an array that is zero where another process did the work."""
-    if world_size() == 1:
-        return table
-    tensor = torch.from_numpy(table).to(device)
-    dist.all_reduce(tensor)
-    return tensor.cpu().numpy()
+    return sdrnet.add_up(torch.from_numpy(table).to(device)).cpu().numpy()
 
 
-ROUNDS = ((1 / 4, 1.0), (1 / 2, 1 / 8), (1.0, 1 / 32))  # (share of the training images, share of the sub-nets)
+def search_halving(net, task, device, amp, k, shares=(1 / 8, 1 / 4, 1 / 2, 1), keep=8, fewest=100):
+    """All sub-nets on the first share of the training images, then each round the better half, but at least `keep`, on
+    twice as many, with the features of the round before. No round sees less than `fewest` images: on 50 of a task's 400 the
+    choice was up to 4.75 points behind the best (16 sub-nets, toy images), on 100 it was the best in 11 of 12 tasks.
 
-
-def search_halving(net, task, device, amp, k, rounds=ROUNDS):
-    """Scores all sub-nets on a part of the training images, the better ones on more, reusing features.
-
-    Returns (scores (g^4,): nan but for the last round's, which saw everything; share of image passes done)."""
-    count, n = net.groups ** 4, len(task.train)
-    order = np.random.default_rng(0).permutation(n)
-    order = order[np.argsort([spread_rank(order, task.train_labels)[i] for i in range(n)], kind="stable")]
-    alive, features, passes, before = list(range(count)), {}, 0, 0
-    for share, kept in rounds:
-        upto = n if share == 1.0 else min(n, max(math.ceil(share * n), 2 * len(task.classes), 2))
-        new = order[before:upto]
-        scores = np.zeros(count)
-        for j, members in enumerate(subtrees(alive, net.groups)):
-            if j % world_size() != rank():
-                continue
-            if len(new):
-                for i, f in tree_features(net, task.train[torch.from_numpy(new)], members, device, amp).items():
-                    features[i] = torch.cat([features[i], f]) if i in features else f
-            for i in members:
-                if len(features[i]) < upto:            # another process had it in the last round
-                    features[i] = tree_features(net, task.train[torch.from_numpy(order[:upto])], [i], device, amp)[i]
-                scores[i] = loo_score(features[i], task, torch.from_numpy(order[:upto]), k)
-        passes += len(alive) * len(new)
-        scores, before = add_up(scores, device), upto
-        ranked = sorted(alive, key=lambda i: (-scores[i], i))
-        say(f"  {task.name}: {len(alive)} sub-nets on {upto:,} images, best {scores[ranked[0]]:.2f} %, median {np.median(scores[alive]):.2f} %")
-        following = [r for r in rounds if r[0] > share]
-        if not following:
+    Returns (leave-one-out scores float64 (g^4,): nan but for those that saw everything; share of image passes done)."""
+    count, images, classes = net.groups ** 4, task.train, len(task.train.classes)
+    alive, features, passes, rows = list(range(count)), {}, 0, np.arange(0)
+    for share in shares:
+        wanted = stratified(images.labels, max(math.ceil(share * len(images)), 2 * classes, fewest))
+        if len(wanted) == len(rows):
+            continue
+        new, scores, done = np.setdiff1d(wanted, rows), np.zeros(count), []        # a smaller part lies in the larger
+        rows, passes = np.concatenate([rows, new]), passes + len(alive) * len(new)
+        complete, after = len(rows) == len(images), max(keep, len(alive) // 2)
+        for members in own_subtrees(alive, net.groups):
+            for i, f in tree_features(net, images.packed[new], members, device, amp).items():
+                features[i] = torch.cat([features[i], f]) if i in features else f
+                scores[i] = loo_score(features[i][np.argsort(rows)], task, k) if complete else loo_votes(features[i], images.labels[rows], classes, k)
+            done += members
+            for i in sorted(done, key=lambda i: -scores[i])[after:]:               # what is out needs no memory
+                features.pop(i, None)
+        scores = add_up(scores, device)
+        alive.sort(key=lambda i: (-scores[i], i))
+        say(f"  {task.name}: {len(alive)} sub-nets on {len(rows):,} images, {'score' if complete else 'votes for the right class'}: best {scores[alive[0]]:.2f} %, median {np.median(scores[alive]):.2f} %")
+        if complete:
             break
-        alive = ranked[:max(1, math.ceil(following[0][1] * count))]
-        features = {i: features[i] for i in alive if i in features}
-    result = np.full(count, np.nan)
-    result[alive] = scores[alive]
-    return result, passes / (count * n)
+        alive = sorted(alive[:after])
+    return np.where(np.isin(np.arange(count), alive), scores, np.nan), passes / (count * len(images))
 
 
-def spread_rank(order, labels):
-    """For each position of `order`, its image's number within its class: sorting by it takes the classes in turn."""
-    key, seen, ranks = (labels if labels.dim() == 1 else labels.argmax(1)).numpy(), {}, []
-    for i in order:
-        ranks.append(seen.get(key[i], 0))
-        seen[key[i]] = ranks[-1] + 1
-    return ranks
-
-
-def search_centroid(net, content, task, device, amp):
-    """Shares of the task's training images (no labels) whose cluster is each sub-net's, in percent, float32 (g^4,)."""
-    f = F.normalize(F.normalize(plain_features(net, task.train, device, amp)) - content["feature_mean"])
-    nearest = (f @ content["centroids"].T).argmax(1)
-    return 100 * np.bincount(nearest.numpy(), minlength=net.groups ** 4) / len(nearest)
+def search_centroid(features, content):
+    """Percent of images in the cluster of each sub-net, float64 (g^4,), from the largest network's features (N, D): no labels."""
+    f = F.normalize(F.normalize(features) - content["feature_mean"])
+    return 100 * np.bincount((f @ content["centroids"].T).argmax(1), minlength=len(content["centroids"])) / len(f)
 
 
 # ---------------------------------------------------------------------------- linear probe
@@ -289,21 +253,19 @@ def probe(train, test, task):
     """Linear probe: weight decay from a log grid by a stratified fifth of the training images held out, then refit on
     all. Features are scaled to unit mean square. Returns (test percent in the task's metric, weight decay)."""
     scale = train.pow(2).mean().sqrt().clamp(min=1e-12)
-    x, z, y = train / scale, test / scale, task.train_labels
+    x, z, y = train / scale, test / scale, task.train.labels
     held = torch.zeros(len(y), dtype=torch.bool)
     held[stratified(y, max(1, len(y) // 5))] = True
     if not (~held).any() or (y.dim() == 1 and len(y[~held].unique()) < len(y.unique())):
         held[:] = False                                # one image a class: nothing can be held out
     predict = lambda w, q: q @ torch.from_numpy(w[:-1]).float() + torch.from_numpy(w[-1]).float()
     grid, results, start = 10.0 ** np.arange(0, -7, -1.0), [], None
-    classes = len(task.classes)
-    full = y if y.dim() > 1 else torch.cat([y, torch.tensor([classes - 1])])[:-1]
     for decay in grid if held.any() else []:
-        w = logistic_fit(x[~held], full[~held], decay, start, 1e-3)
+        w = logistic_fit(x[~held], y[~held], decay, start, 1e-3)
         start = w.flatten()
         results.append(score(predict(w, x[held]), y[held], task.metric))
     decay = grid[int(np.argmax(results))] if results else 1e-3
-    return score(predict(logistic_fit(x, full, decay), z), task.test_labels, task.metric), float(decay)
+    return score(predict(logistic_fit(x, y, decay), z), task.test.labels, task.metric), float(decay)
 
 
 # ---------------------------------------------------------------------------- what is shown and written
@@ -319,24 +281,36 @@ def histogram(scores, chosen, largest, width=48, bins=12):
                      + ("  <- chosen" if b == place(scores[chosen]) else "") + ("  <- largest network" if b == place(largest) else "") for b, n in enumerate(counts))
 
 
-def picture(scores, chosen, largest, title, path):
-    """The histogram as PNG, if matplotlib is installed."""
+def png(path, draw):
+    """A picture by matplotlib, drawn by draw(axes), if that is installed."""
     try:
         import matplotlib
     except ImportError:
-        say("  (no histogram.png: matplotlib is not installed)")
+        say(f"  (no {os.path.basename(path)}: matplotlib is not installed)")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    axes.hist(scores[np.isfinite(scores)], bins=24, color="#4477aa")
-    axes.axvline(scores[chosen], color="#cc3311", label=f"chosen sub-net {chosen}")
-    axes.axvline(largest, color="black", linestyle="--", label="largest network")
-    axes.set(title=title.replace("$", r"\$"), xlabel="leave-one-out kNN on the training images, %", ylabel="sub-nets")
+    draw(axes)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def draw_histogram(axes, result, scores):
+    axes.hist(scores[np.isfinite(scores)], bins=24, color="#4477aa")
+    axes.axvline(result["chosen"]["train"], color="#cc3311", label=f"chosen sub-net {result['chosen']['index']}")
+    axes.axvline(result["largest"]["train"], color="black", linestyle="--", label="largest network")
+    axes.set(title=f"{result['task']}: {len(scores)} sub-nets".replace("$", r"\$"), xlabel=f"leave-one-out kNN on the training images, {result['metric']}, %", ylabel="sub-nets")
+
+
+def draw_gains(axes, results, gains):
+    for n, (measure, values) in enumerate(gains.items()):
+        axes.barh(np.arange(len(results)) + 0.4 * n, values, 0.4, label=measure)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(np.arange(len(results)) + 0.2 * (len(gains) - 1), [r["task"].replace("$", r"\$") for r in results])
+    axes.invert_yaxis()
+    axes.set(title="routed sub-net, over the largest network", xlabel="points on the test images")
 
 
 def export(plain, size, path):
@@ -348,68 +322,67 @@ def export(plain, size, path):
 
 
 def route(net, content, task, others, args, device):
-    """One task: search, report, files. others: {name: plain network} to compare with. Returns result.json's content."""
-    k, began = args.k, time.time()
-    if k > len(task.train) - 1:
-        say(f"  {task.name}: {len(task.train)} training images, so k shrinks from {k} to {len(task.train) - 1}")
-    base = {name: [plain_features(other, part, device, args.amp) for part in (task.train, task.test)] for name, other in others.items()}
-    compared = {name: {"train": loo_score(f[0], task, k=k), "test": test_score(*f, task, k)} for name, f in base.items()}
-    extra = {}
+    """One task: search, report, files. others: {name: network} to compare with. Returns result.json's content."""
+    k, began = min(args.k, len(task.train) - 1), time.time()
+    if k < args.k:
+        say(f"  {task.name}: {len(task.train)} training images, so k shrinks from {args.k} to {k}")
+    base = {name: [embed(other, part, size=part.packed.shape[-1], device=device, amp=args.amp) for part in (task.train, task.test)] for name, other in others.items()}
+    search, extra = time.time(), {}
     if args.search == "all":
-        scores, tests = search_all(net, task, device, args.amp, k)
-        choice = scores
+        choice, tests = scores, tests = search_all(net, task, device, args.amp, k)
     elif args.search == "halving":
-        scores, extra["passes"] = search_halving(net, task, device, args.amp, k)
-        choice = scores
+        choice, extra["passes"] = search_halving(net, task, device, args.amp, k)
         say(f"  halving did {100 * extra['passes']:.0f} % of the {net.groups ** 4} x {len(task.train)} image passes that scoring everything takes")
     else:
-        choice = search_centroid(net, content, task, device, args.amp)
+        choice = search_centroid(base["largest"][0], content)
         extra["share_of_images"] = float(choice.max())
         say(f"  {choice.max():.0f} % of the images, more than of any other, belong to cluster {int(choice.argmax())}")
+    extra["search_seconds"] = round(time.time() - search, 2)
     chosen = int(np.nanargmax(choice))                 # ties: the lowest index
-    if args.search != "all":
-        known, tests = search_all(net, task, device, args.amp, k, [chosen])
-        scores = known if args.search == "centroid" else scores
-    path = index_to_path(chosen, net.groups)
-    finite = np.isfinite(scores)
-    result = {"task": task.name, "metric": task.metric, "search": args.search, "k": min(k, len(task.train) - 1), "temperature": 0.07,
-              "train_images": len(task.train), "test_images": len(task.test), "classes": len(task.classes), "chosen": {
-                  "index": chosen, "path": list(path), "train": float(scores[chosen]), "test": float(tests[chosen])},
-              **compared, "mean": {"train": float(scores[finite].mean()), "test": float(np.nanmean(tests))},
-              "best": {"index": int(np.nanargmax(tests)), "train": float(np.nanmax(scores)), "test": float(np.nanmax(tests))},
-              "gain": float(tests[chosen] - compared["largest"]["test"]), "seconds": round(time.time() - began, 2), **extra}
+    if args.search != "all":                           # of the chosen one alone what is to be reported
+        scores, tests = search_all(net, task, device, args.amp, k, [chosen])
+        scores = choice if args.search == "halving" else scores
+    result = {"task": task.name, "metric": task.metric, "search": args.search, "k": k, "temperature": 0.07,
+              "train_images": len(task.train), "test_images": len(task.test), "classes": len(task.train.classes), "scored": int(np.isfinite(scores).sum()), "chosen": {
+                  "index": chosen, "path": list(index_to_path(chosen, net.groups)), "train": float(scores[chosen]), "test": float(tests[chosen])},
+              **{name: {"train": loo_score(f[0], task, k), "test": knn_score(*f, task, k)} for name, f in base.items()}}
+    if args.search == "all":
+        result["mean"], best = {"train": float(scores.mean()), "test": float(tests.mean())}, int(tests.argmax())
+        result["best"] = {"index": best, "train": float(scores[best]), "test": float(tests[best])}
     if args.probe:
-        pair = [tree_features(net, part, [chosen], device, args.amp)[chosen] for part in (task.train, task.test)]
+        pair = [tree_features(net, part.packed, [chosen], device, args.amp)[chosen] for part in (task.train, task.test)]
         for name, (train, test) in {"chosen": pair, **base}.items():
             result[name]["probe"], result[name]["probe_decay"] = probe(train, test, task)
+    result |= {"gain": result["chosen"]["test"] - result["largest"]["test"], "seconds": round(time.time() - began, 2), **extra}
     report(result, scores, tests, net)
     if rank() == 0:
-        write(net, content, task, result, scores, tests, args)
+        write(net, content, result, scores, tests, args)
     return result
 
 
 def report(result, scores, tests, net):
     """A ranked table, the histogram, the gain."""
-    ranked = [i for i in np.argsort(-np.nan_to_num(scores, nan=-1), kind="stable") if np.isfinite(scores[i])]
+    ranked, chosen = [i for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])], result["chosen"]["index"]
     say(f"  {'rank':>4} {'sub-net':>8} {'path':>12} {'leave-one-out':>14} {'test':>8}   ({result['metric']}, %)")
     for n, i in list(enumerate(ranked, 1))[:5]:
-        say(f"  {n:4d} {i:8d} {str(index_to_path(i, net.groups)):>12} {scores[i]:14.2f} {tests[i]:8.2f}" + ("  <- chosen" if i == result["chosen"]["index"] else ""))
-    for name in [n for n in result if isinstance(result[n], dict) and n not in ("chosen", "best")]:
+        test = f"{tests[i]:8.2f}" if np.isfinite(tests[i]) else f"{'':8}"
+        say(f"  {n:4d} {i:8d} {str(index_to_path(i, net.groups)):>12} {scores[i]:14.2f} {test}" + ("  <- chosen" if i == chosen else ""))
+    for name in [n for n in ("largest", "simsiam", "mean") if n in result]:
         say(f"  {'':4} {name:>21} {result[name]['train']:14.2f} {result[name]['test']:8.2f}")
     if len(ranked) > 1:
-        say(histogram(scores, result["chosen"]["index"], result["largest"]["train"]))
+        say(histogram(scores, chosen, result["largest"]["train"]))
     if "probe" in result["chosen"]:
-        say("  linear probe: " + ", ".join(f"{n} {result[n]['probe']:.2f} %" for n in result if isinstance(result[n], dict) and "probe" in result[n]))
-    say(f"  {result['task']}: sub-net {result['chosen']['index']} {result['chosen']['test']:.2f} % on test, {result['gain']:+.2f} over the largest network; {result['seconds']:.0f} s")
+        say("  linear probe: " + ", ".join(f"{n} {result[n]['probe']:.2f} %" for n in ("chosen", "largest", "simsiam") if n in result))
+    say(f"  {result['task']}: sub-net {chosen} {result['chosen']['test']:.2f} % on test, {result['gain']:+.2f} over the largest network; {result['seconds']:.0f} s")
 
 
-def write(net, content, task, result, scores, tests, args):
+def write(net, content, result, scores, tests, args):
     """The task's folder of files."""
-    folder = os.path.join(args.out, task.name)
+    folder = os.path.join(args.out, result["task"])
     os.makedirs(folder, exist_ok=True)
     path = lambda name: os.path.join(folder, name)
     plain = net.extract(result["chosen"]["path"]).cpu()
-    out = sdrnet.checkpoint(plain, "subnet", origin={"checkpoint": args.checkpoint, "index": result["chosen"]["index"], "task": task.name})
+    out = sdrnet.checkpoint(plain, "subnet", origin={"checkpoint": args.checkpoint, "index": result["chosen"]["index"], "task": result["task"]})
     out["config"]["image_size"] = content["config"]["image_size"]
     sdrnet.save(path("subnet.pt"), out)
     if args.export:
@@ -417,7 +390,7 @@ def write(net, content, task, result, scores, tests, args):
     save_array(path("scores.npy"), scores.astype(np.float32))
     save_array(path("test_scores.npy"), tests.astype(np.float32))
     if np.isfinite(scores).sum() > 1:
-        picture(scores, result["chosen"]["index"], result["largest"]["train"], f"{task.name}: {len(scores)} sub-nets", path("histogram.png"))
+        png(path("histogram.png"), lambda axes: draw_histogram(axes, result, scores))
     if args.clusters_shown is not None:
         images, clusters = args.clusters_shown
         members = np.flatnonzero(clusters == result["chosen"]["index"])
@@ -428,18 +401,20 @@ def write(net, content, task, result, scores, tests, args):
     os.replace(path("result.json.tmp"), path("result.json"))
 
 
-def summary(results, names):
-    """One table of all tasks: test percent and the gain of the routed sub-net, with the average, as in the paper."""
-    columns = ["chosen"] + names
-    measures = ["test"] + (["probe"] if "probe" in results[0]["chosen"] else [])
-    for measure in measures:
-        say(f"\n{'kNN' if measure == 'test' else 'linear probe'} on test images, %")
-        say(f"  {'task':<16} {'metric':<15}" + "".join(f"{('routed' if c == 'chosen' else c):>10}" for c in columns) + f"{'gain':>8}")
-        rows = [[r[c][measure] for c in columns] for r in results]
-        for r, row in zip(results, rows):
-            say(f"  {r['task']:<16} {r['metric']:<15}" + "".join(f"{v:10.2f}" for v in row) + f"{row[0] - row[1]:+8.2f}")
-        mean = np.mean(rows, 0)
-        say(f"  {'average':<16} {'':<15}" + "".join(f"{v:10.2f}" for v in mean) + f"{mean[0] - mean[1]:+8.2f}")
+def summary(results, names, out):
+    """One table of all tasks: test percent, the gain of the routed sub-net with a bar, the average, as in the paper."""
+    columns, gains = ["chosen"] + names, {}
+    for measure, title in (("test", "kNN"), ("probe", "linear probe")):
+        if measure not in results[0]["chosen"]:
+            continue
+        rows = np.array([[r[c][measure] for c in columns] for r in results])
+        gains[title] = gain = rows[:, 0] - rows[:, 1]
+        say(f"\n{title} on test images, %\n  {'task':<16} {'metric':<15}" + "".join(f"{('routed' if c == 'chosen' else c):>10}" for c in columns) + f"{'gain':>8}")
+        for task, metric, row, g in [(r["task"], r["metric"], *v) for r, *v in zip(results, rows, gain)] + [("average", "", rows.mean(0), gain.mean())]:
+            bar = "#" * round(12 * abs(g) / max(np.abs(gain).max(), 1e-9))
+            say(f"  {task:<16} {metric:<15}" + "".join(f"{v:10.2f}" for v in row) + f"{g:+8.2f}  " + (f"{bar:>12}|" if g < 0 else f"{'':12}|{bar}"))
+    if rank() == 0:
+        png(os.path.join(out, "gain.png"), lambda axes: draw_gains(axes, results, gains))
 
 
 def parse(argv=None):
@@ -473,10 +448,7 @@ def shown_clusters(args, content):
     if data is None or not os.path.isfile(file):
         return None
     images = open_images(argparse.Namespace(data=data, root=args.root, download=False, subset=config.get("subset"), seed=config.get("seed", 0)))
-    clusters = load_array(file, "i", 1)
-    if len(clusters) != len(images):
-        raise InputError(f"{file} has {len(clusters)} entries and --data {len(images)} images")
-    return images, clusters
+    return images, load_clusters(file, images)[0]
 
 
 def main():
@@ -502,8 +474,8 @@ def main():
     results = []
     for task in tasks:
         say(f"{task.name}: {len(task.train.classes)} classes, {len(task.train):,} training and {len(task.test):,} test images")
-        results.append(route(net, content, Pixels(task, size, args.max_images, args.workers), others, args, device))
-    summary(results, list(others))
+        results.append(route(net, content, decoded(task, size, args.max_images, args.workers), others, args, device))
+    summary(results, list(others), args.out)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ channels lie [shared | group 0 | ... | group g-1]. With shared = 1/2:
     layer2                        128    64 + 1x64    64 + 2x32   64 + 4x16   80
     layer3                        256    128 + ...    128 + ...   128 + 4x32 160
     layer4                        512    256 + ...    256 + ...   256 + 4x64 320
-A ResNet-50 splits the inner width of a block like this and its output at four times that.
+A ResNet-50 splits `width` like this, and every other width, inner or output, in proportion.
 The stem keeps its full width and is common to all paths. Where ResNet-18/34's first shortcut has no
 projection, it selects the path's channels; in an extracted sub-net this is a 1x1 convolution of zeros and ones.
 
@@ -384,7 +384,7 @@ class SDRNet(ResNet):
     shared_grad = True
 
     def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False):
-        self.groups, self.shared = groups, shared
+        self.groups, self.shared, self.width = groups, shared, width
         if arch not in ARCHS:
             raise InputError(f"arch {arch!r} is not one of {', '.join(ARCHS)}")
         if not (0 <= shared < 1 and groups >= 1 and int(width * (1 - shared) / groups) >= 1):
@@ -399,8 +399,10 @@ class SDRNet(ResNet):
     # -- which channels
 
     def split(self, channels):
-        """(shared, group): channels in the shared part and in each of the g groups."""
-        group = int(channels * (1 - self.shared) / self.groups)
+        """(shared, group): channels in the shared part and in each of the g groups. A ResNet-50's are multiples of those of
+        `width`: else a block's output, where g divides it better, would not be four times its inner width."""
+        unit = self.width if self.expansion > 1 else channels
+        group = int(unit * (1 - self.shared) / self.groups) * (channels // unit)
         return channels - group * self.groups, group
 
     def sub_width(self, channels):

@@ -9,6 +9,7 @@ drifts spoils both alike. The references do what the official recipes do: fp32, 
 model, one piece. Where a public package is the reference, the row is skipped with a word if it is not installed.
 """
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ import sdrnet
 from sdrnet import SDRNet
 
 CPU = torch.device("cpu")
-ROWS = {}
+ROWS, ARGS = {}, argparse.Namespace(checkpoint=None, task=None)
 
 
 def row(name, bar, better="less"):
@@ -42,14 +43,14 @@ def row(name, bar, better="less"):
 
 
 def paired(ours, reference, pairs=5):
-    """Median seconds of two functions run in turn after one warm-up each."""
+    """Median seconds of two functions run in turn after one warm-up each. One that returns a float has timed itself."""
     ours(), reference()
     times = [], []
     for _ in range(pairs):
         for function, kept in ((reference, times[1]), (ours, times[0])):
             began = time.perf_counter()
-            function()
-            kept.append(time.perf_counter() - began)
+            own = function()
+            kept.append(own if isinstance(own, float) else time.perf_counter() - began)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -57,6 +58,7 @@ def peak_memory(function):
     """Anonymous memory (MB) that a function needs beyond what the process has, sampled every 5 ms (Linux)."""
     def rss():
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+    ctypes.CDLL("libc.so.6").malloc_trim(0)            # else what an earlier function freed hides what this one takes
     before, peak, done = rss(), [0.0], threading.Event()
 
     def watch():
@@ -234,40 +236,77 @@ def clustering():
 
 # ---------------------------------------------------------------------------- routing
 
-class RandomTask:
-    """A task of random pixels, in the shape that route.Pixels has."""
+def random_task(train, test, size, classes=8):
+    """A task of random pixels, as route.decoded returns one."""
+    g = torch.Generator().manual_seed(0)
+    parts = []
+    for n in (train, test):
+        packed = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=g)
+        parts.append(pretrain.Images([str(i) for i in range(n)], None, torch.arange(n) % classes, [str(c) for c in range(classes)], packed))
+    return pretrain.Task("random", *parts)
 
-    def __init__(self, train, test, size, classes=8):
-        g = torch.Generator().manual_seed(0)
-        self.name, self.metric, self.classes = "random", "top-1", [str(c) for c in range(classes)]
-        self.train, self.test = (torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=g) for n in (train, test))
-        self.train_labels, self.test_labels = torch.arange(train) % classes, torch.arange(test) % classes
+
+def resnet50(width):
+    return SDRNet("resnet50", width, 4).eval().to(memory_format=torch.channels_last)
 
 
-def one_by_one(net, task, count=None):
-    """Features and scores of sub-nets extracted one after the other; count: only so many, spread out."""
-    indices = np.linspace(0, net.groups ** 4 - 1, count or net.groups ** 4).astype(int)
+def one_by_one(net, task, size, indices):
+    """Features and leave-one-out scores of sub-nets one after the other, each a plain dense network. Returns the
+    seconds, without those of extracting the networks: a user would have them at hand."""
+    seconds = 0.0
     for i in indices:
         plain = net.extract(sdrnet.index_to_path(i, net.groups)).to(memory_format=torch.channels_last)
-        route.loo_score(route.plain_features(plain, task.train, CPU, "auto"), task)
+        began = time.perf_counter()
+        route.loo_score(pretrain.embed(plain, task.train, size=size, device=CPU), task)
+        seconds += time.perf_counter() - began
+    return seconds
 
 
 @row("256 paths of a ResNet-50 as a tree / one by one", 0.40)
 def tree():
-    net, task = SDRNet("resnet50", 32, 4).eval().to(memory_format=torch.channels_last), RandomTask(64, 2, 64)
-    a, b = paired(lambda: route.search_all(net, task, CPU, "auto", 20, tests=False), lambda: one_by_one(net, task), 2)
+    net, task = resnet50(32), random_task(64, 1, 64)
+    a, b = paired(lambda: route.search_all(net, task, CPU, "auto", 20, tests=False), lambda: one_by_one(net, task, 64, range(256)), 1)
     return a / b, {"tree_s": a, "one_by_one_s": b, "images": 64, "size": 64, "width": 32}
 
 
 @row("halving / one by one", 0.20)
 def halving():
-    net, task = SDRNet("resnet50", 16, 4).eval().to(memory_format=torch.channels_last), RandomTask(256, 2, 64)
-    a, b = paired(lambda: route.search_halving(net, task, CPU, "auto", 20), lambda: one_by_one(net, task), 2)
-    return a / b, {"halving_s": a, "one_by_one_s": b, "images": 256}
+    net, task = resnet50(16), random_task(512, 1, 64)
+    a, b = paired(lambda: route.search_halving(net, task, CPU, "auto", 20), lambda: one_by_one(net, task, 64, range(256)), 1)
+    return a / b, {"halving_s": a, "one_by_one_s": b, "images": 512, "size": 64, "width": 16}
 
 
-@row("kNN 50,000 x 512 against 10,000 / one piece, time", 1.1)
-def knn_time():
+@row("memory of the tree / of one by one, without the tree's features", 3.0)
+def tree_memory():
+    """Two sub-trees of g^2 sub-nets: the other fourteen would take turns in the same memory."""
+    net, task = resnet50(32), random_task(1024, 1, 64)
+    tree = peak_memory(lambda: route.search_all(net, task, CPU, "auto", 20, range(32), tests=False))
+    single = peak_memory(lambda: one_by_one(net, task, 64, range(2)))
+    features = net.groups ** 2 * len(task.train) * net.sub_features * 4 / 2 ** 20
+    return (tree - features) / single, {"tree_mb": tree, "features_mb": features, "one_by_one_mb": single, "images": 1024}
+
+
+@row("halving's choice within 1 point of the best, share of tasks", 0.8, "more")
+def halving_choice():
+    """Of the tasks whose best sub-net is 2 points over the median, by the leave-one-out score on all training images."""
+    if not ARGS.checkpoint:
+        return None, "name a trained --checkpoint (and its --task, each; default: the toy tasks of seeds 0, 1 and 2)"
+    content = sdrnet.load(ARGS.checkpoint, ("sdrnet",))
+    net, size = sdrnet.network(content, ARGS.checkpoint).to(memory_format=torch.channels_last), content["config"]["image_size"]
+    tasks = pretrain.open_tasks(ARGS.task) if ARGS.task else [task for seed in range(3) for task in pretrain.open_tasks(["toy"], seed)]
+    behind, spread, done = [], [], []
+    for task in tasks:
+        task = route.decoded(task, size, 5000, 0)
+        scores = route.search_all(net, task, CPU, "auto", 20, tests=False)[0]
+        chosen, passes = route.search_halving(net, task, CPU, "auto", 20)
+        behind, spread, done = behind + [scores.max() - scores[np.nanargmax(chosen)]], spread + [scores.max() - np.median(scores)], done + [passes]
+    behind, wide = np.array(behind), np.array(spread) >= 2
+    return float((behind[wide] <= 1).mean()) if wide.any() else None, {
+        "tasks": len(tasks), "with_2_points": int(wide.sum()), "within_1_of_all": int((behind <= 1).sum()), "passes": float(np.mean(done)),
+        "points_behind": [round(float(b), 2) for b in behind], "best_minus_median": [round(float(s), 2) for s in spread]} if wide.any() else "no task's best sub-net is 2 points over the median"
+
+
+def knn_pair():
     g = torch.Generator().manual_seed(0)
     train, queries = torch.randn(50_000, 512, generator=g), torch.randn(10_000, 512, generator=g)
     labels = torch.randint(0, 100, (50_000,), generator=g)
@@ -276,34 +315,54 @@ def knn_time():
         similarity = F.normalize(queries) @ F.normalize(train).T
         near, index = similarity.topk(20)
         return torch.einsum("qk,qkc->qc", torch.softmax(near / 0.07, 1), F.one_hot(labels, 100).float()[index])
-    ours = lambda: pretrain.knn(train, labels, queries, 100)
-    a, b = paired(ours, plain, 3)
-    memory, plain_memory = peak_memory(ours), peak_memory(plain)
-    return a / b, {"ours_s": a, "plain_s": b, "memory_ratio": memory / plain_memory, "memory_bar": 0.2}
+    return lambda: pretrain.knn(train, labels, queries, 100), plain
 
 
-@row("linear probe / scikit-learn, time", 1.0)
-def linear_probe():
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        return None, "scikit-learn is not installed"
+@row("kNN 50,000 x 512 against 10,000 / one piece, time", 1.1)
+def knn_time():
+    a, b = paired(*knn_pair(), 3)
+    return a / b, {"ours_s": a, "plain_s": b}
+
+
+@row("kNN 50,000 x 512 against 10,000 / one piece, memory", 0.2)
+def knn_memory():
+    a, b = (peak_memory(function) for function in knn_pair())
+    return a / b, {"ours_mb": a, "plain_mb": b}
+
+
+def probe_pair():
+    """Functions that fit 3,000 x 256 in 20 classes and return the accuracy on 1,000 others: ours and scikit-learn's."""
+    from sklearn.linear_model import LogisticRegression
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(20, 256)) * 0.25
     labels = rng.integers(0, 20, 4000)
     x = (centres[labels] + rng.normal(size=(4000, 256))).astype(np.float32)
     train, test, y, decay = torch.from_numpy(x[:3000]), torch.from_numpy(x[3000:]), torch.from_numpy(labels), 1e-2
-    kept = {}
 
     def ours():
-        w = route.logistic_fit(train, y[:3000], decay, tolerance=1e-4)
-        kept["ours"] = ((test @ torch.from_numpy(w[:-1]).float() + torch.from_numpy(w[-1]).float()).argmax(1) == y[3000:]).double().mean().item()
+        w = torch.from_numpy(route.logistic_fit(train, y[:3000], decay, tolerance=1e-4)).float()
+        return 100 * ((test @ w[:-1] + w[-1]).argmax(1) == y[3000:]).double().mean()
+    theirs = lambda: 100 * LogisticRegression(C=1 / (decay * 3000), tol=1e-4, max_iter=1000).fit(x[:3000], labels[:3000]).score(x[3000:], labels[3000:])
+    return ours, theirs
 
-    def theirs():
-        model = LogisticRegression(C=1 / (decay * 3000), tol=1e-4, max_iter=1000).fit(x[:3000], labels[:3000])
-        kept["theirs"] = model.score(x[3000:], labels[3000:])
-    a, b = paired(ours, theirs, 3)
-    return a / b, {"ours_s": a, "sklearn_s": b, "accuracy": 100 * kept["ours"], "sklearn_accuracy": 100 * kept["theirs"], "accuracy_bar": 0.3}
+
+@row("linear probe / scikit-learn, time", 1.0)
+def probe_time():
+    try:
+        ours, theirs = probe_pair()
+    except ImportError:
+        return None, "scikit-learn is not installed"
+    a, b = paired(lambda: [ours()], lambda: [theirs()], 5)
+    return a / b, {"ours_s": a, "sklearn_s": b}
+
+
+@row("linear probe and scikit-learn, points of accuracy between them", 0.3)
+def probe_accuracy():
+    try:
+        a, b = (float(function()) for function in probe_pair())
+    except ImportError:
+        return None, "scikit-learn is not installed"
+    return abs(a - b), {"ours": a, "sklearn": b}
 
 
 # ---------------------------------------------------------------------------- detection
@@ -331,7 +390,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--json", help="append a line per row to this file")
-    args = parser.parse_args()
+    parser.add_argument("--checkpoint", help="a trained sdrnet.pt, for the row of halving's choice")
+    parser.add_argument("--task", action="append", help="and its tasks, as route.py takes them")
+    args = parser.parse_args(namespace=ARGS)
     chosen = {n: r for n, r in ROWS.items() if args.only.lower() in n.lower()}
     if not chosen:
         parser.error(f"no row contains {args.only!r}; the rows are: " + "; ".join(ROWS))

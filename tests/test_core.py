@@ -461,46 +461,91 @@ def test_similar_clusters_share_the_first_digits():
 
 # ---------------------------------------------------------------------------- route.py
 
-def toy_pixels(n=64, classes=4, seed=0):
-    class Pixels:
-        name, metric = "t", "top-1"
-    p = Pixels()
-    g = torch.Generator().manual_seed(seed)
-    p.classes = [str(c) for c in range(classes)]
-    for part, m in (("train", n), ("test", n // 2)):
-        setattr(p, part, torch.randint(0, 256, (m, 3, 16, 16), dtype=torch.uint8, generator=g))
-        setattr(p, part + "_labels", torch.arange(m) % classes)
-    return p
+def random_task(train, test=32, classes=4, metric="top-1"):
+    """A task of random images; train: how many, or their labels."""
+    g, parts = torch.Generator().manual_seed(0), []
+    for labels in (torch.arange(train) % classes if isinstance(train, int) else torch.tensor(train), torch.arange(test) % classes):
+        packed = torch.randint(0, 256, (len(labels), 3, 16, 16), dtype=torch.uint8, generator=g)
+        parts.append(pretrain.Images([str(i) for i in range(len(labels))], None, labels, [str(c) for c in range(classes)], packed))
+    return pretrain.Task("t", *parts, metric)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_tree_scores_equal_one_by_one(groups):
-    net, task, cpu = shaken(SDRNet("resnet18", 8, groups, 0.5, True)), toy_pixels(), torch.device("cpu")
+    net, task, cpu = shaken(SDRNet("resnet18", 8, groups, 0.5, True)), random_task(64), torch.device("cpu")
     train, test = route.search_all(net, task, cpu, "off", 5)
+    assert groups == 1 or len(np.unique(train)) > 3 and len(np.unique(test)) > 3   # else equal scores would say nothing
     for i in range(0, groups ** 4, max(1, groups ** 4 // 6)):
         plain = net.extract(index_to_path(i, groups))
-        f, t = (route.plain_features(plain, x, cpu, "off") for x in (task.train, task.test))
-        assert abs(route.loo_score(f, task, k=5) - train[i]) < 1e-5 and abs(route.test_score(f, t, task, 5) - test[i]) < 1e-5
+        f, t = (pretrain.embed(plain, part, size=16, device=cpu, amp="off") for part in (task.train, task.test))
+        assert abs(route.loo_score(f, task, 5) - train[i]) < 1e-5 and abs(pretrain.knn_score(f, t, task, 5) - test[i]) < 1e-5
 
 
-def test_halving_ends_with_full_scores_and_saves():
-    net, task, cpu = shaken(SDRNet("resnet18", 8, 2, 0.5, True)), toy_pixels(), torch.device("cpu")
+@pytest.mark.parametrize("metric", ["top-1", "mAP"])
+def test_halving_ends_with_full_scores_and_saves(metric):
+    net, task, cpu = shaken(SDRNet("resnet18", 8, 2, 0.5, True)), random_task(64, metric=metric), torch.device("cpu")
+    if metric == "mAP":                                # the labels of another image beside its own
+        for part in (task.train, task.test):
+            part.labels = (F.one_hot(part.labels, 4) + F.one_hot(part.labels.flip(0), 4)).clamp(max=1)
     full, _ = route.search_all(net, task, cpu, "off", 5)
-    scores, passes = route.search_halving(net, task, cpu, "off", 5, rounds=((0.25, 1.0), (0.5, 0.5), (1.0, 0.25)))
+    scores, passes = route.search_halving(net, task, cpu, "off", 5, keep=2, fewest=1)
     known = np.isfinite(scores)
-    assert known.sum() == 4 and np.allclose(scores[known], full[known], atol=1e-4) and passes == pytest.approx(0.25 + 0.25 * 0.5 + 0.5 * 0.25)
+    assert known.sum() == 2 and np.allclose(scores[known], full[known], atol=1e-4) and len(np.unique(full)) > 3
+    assert passes == pytest.approx((16 + 8) / 8 / 16 + 4 / 4 / 16 + 2 / 2 / 16)    # sub-nets x new images of each round
+    everything, passes = route.search_halving(net, task, cpu, "off", 5, keep=16, fewest=1)
+    assert passes == 1 and np.allclose(everything, full, atol=1e-4)
+
+
+def test_halving_keeps_the_sub_net_that_is_clearly_best(monkeypatch):
+    """Features of sub-net 11 are the classes, those of all others noise."""
+    task, g = random_task(160), torch.Generator().manual_seed(0)
+    lookup = {tuple(p.flatten().tolist()): int(l) for p, l in zip(task.train.packed, task.train.labels)}
+
+    def features(net, pixels, indices, device, amp):
+        label = torch.tensor([lookup[tuple(p.flatten().tolist())] for p in pixels])
+        return {i: F.one_hot(label, 4).float() if i == 11 else torch.randn(len(pixels), 4, generator=g) for i in indices}
+    monkeypatch.setattr(route, "tree_features", features)
+    scores, _ = route.search_halving(SDRNet("resnet18", 8, 2, 0.5, True), task, torch.device("cpu"), "off", 5)
+    assert np.nanargmax(scores) == 11 and scores[11] == 100 and np.isfinite(scores).sum() == 8
+    assert np.isfinite(route.search_halving(SDRNet("resnet18", 8, 2, 0.5, True), pretrain.Task("few", task.train.subset(np.arange(90)), task.test), torch.device("cpu"), "off", 5)[0]).all()
+
+
+def test_the_centroid_search_counts_images_by_cluster():
+    mean, centroids = torch.tensor([0.1, 0.2, 0.0]), F.normalize(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)))
+    wanted = [3, 3, 3, 5, 5, 9, 3, 0]
+    unit = [next(u for s in np.linspace(0.3, 1.5, 2000) for u in [centroids[c] * s + mean] if abs(float(u.norm()) - 1) < 2e-3) for c in wanted]
+    shares = route.search_centroid(7 * torch.stack(unit), {"feature_mean": mean, "centroids": centroids})
+    assert np.allclose(shares, 100 * np.bincount(wanted, minlength=16) / 8)
+
+
+def test_readme_loads_a_subnet_in_plain_torchvision(tmp_path):
+    """README's lines, in a process that cannot import this project, on every architecture; the same outputs."""
+    text = open(os.path.join(ROOT, "README.md"), encoding="utf8").read().split("as a plain torchvision ResNet of its widths:\n\n")[1]
+    (tmp_path / "readme.py").write_text(textwrap.dedent(text.split("\nor with one file of it")[0]))
+    x, folders = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)), []
+    for arch, small, groups in (("resnet18", False, 2), ("resnet18", True, 1), ("resnet34", True, 4), ("resnet50", False, 3)):
+        folders.append(tmp_path / f"{arch}{groups}")
+        folders[-1].mkdir()
+        plain = shaken(SDRNet(arch, 8, groups, 0.5, small)).extract((groups - 1, 0, groups // 2, 0))
+        sdrnet.save(str(folders[-1] / "subnet.pt"), sdrnet.checkpoint(plain, "subnet"))
+        with torch.no_grad():
+            torch.save((x, plain(x)), folders[-1] / "x.pt")
+    code = ("import os, sys, torch\nfor folder in sys.argv[2:]:\n os.chdir(folder); exec(open(sys.argv[1]).read()); x, y = torch.load('x.pt')\n"
+            " with torch.no_grad(): assert y.std() > 1e-3 and torch.allclose(net(x), y, rtol=1e-4, atol=1e-5), folder\n"
+            "try:\n import sdrnet\nexcept ImportError: print('alone')")
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "readme.py"), *map(str, folders)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == "alone", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3], [0, 0, 0, 1, 1, 1]])
 def test_routing_survives_tiny_tasks(labels):
-    task = toy_pixels(len(labels), max(labels) + 1)
-    task.train_labels = torch.tensor(labels)
+    task = random_task(labels, classes=max(labels) + 1)
     net, cpu = shaken(SDRNet("resnet18", 8, 2, 0.5, True)), torch.device("cpu")
     train, test = route.search_all(net, task, cpu, "off", 20)
     assert np.isfinite(train).all() and np.isfinite(test).all()
     assert np.isfinite(route.search_halving(net, task, cpu, "off", 20)[0]).any()
-    f = route.plain_features(net, task.train, cpu, "off")
-    assert 0 <= route.probe(f, route.plain_features(net, task.test, cpu, "off"), task)[0] <= 100
+    f, t = (pretrain.embed(net, part, size=16, device=cpu, amp="off") for part in (task.train, task.test))
+    assert 0 <= route.probe(f, t, task)[0] <= 100
 
 
 def test_logistic_regression_reaches_the_minimum():
@@ -516,6 +561,8 @@ def test_stratified_keeps_every_class():
     labels = torch.tensor([0] * 90 + [1] * 9 + [2])
     chosen = labels[route.stratified(labels, 20)]
     assert np.bincount(chosen).tolist() == [18, 2, 1]
+    for limit in range(1, 100):                        # a smaller part lies in a larger: halving goes on with what it has
+        assert np.isin(route.stratified(labels, limit), route.stratified(labels, limit + 1)).all()
 
 
 # ---------------------------------------------------------------------------- several processes
@@ -526,6 +573,26 @@ def processes(script, count, *arguments):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_two_processes_share_the_sub_trees_and_score_alike(tmp_path):
+    (tmp_path / "route_two.py").write_text(textwrap.dedent("""
+        import argparse, sys, numpy as np, torch, pretrain, route, sdrnet
+        device = pretrain.start(argparse.Namespace(device="cpu", seed=0))
+        net = sdrnet.SDRNet("resnet18", 8, 2, 0.5, True).eval()
+        for m in net.modules():
+            if isinstance(m, sdrnet.BatchNorm): torch.nn.init.uniform_(m.weight, 0.5, 1.5)
+        task = pretrain.open_tasks(["toy:weaves"])[0]
+        walked, run = [], net.walk
+        net.walk = lambda x, indices: walked.extend(indices) or run(x, indices)
+        scores = np.stack([*route.search_all(net, task, device, "off", 5), route.search_halving(net, task, device, "off", 5, keep=4)[0]])
+        if pretrain.rank() == 0: np.savez(sys.argv[1], scores=scores, walked=len(set(walked)))
+    """))
+    for count in (1, 2):
+        processes(tmp_path / "route_two.py", count, tmp_path / f"{count}.npz")
+    one, two = (np.load(tmp_path / f"{count}.npz") for count in (1, 2))
+    assert one["walked"] == 16 and two["walked"] == 8  # each process runs half of the sub-nets
+    assert np.allclose(one["scores"], two["scores"], atol=1e-5, equal_nan=True) and np.isfinite(one["scores"][2]).sum() == 4
 
 
 def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
