@@ -25,7 +25,6 @@ Out: <out>/<task>/scores.npy       float32 (g^4,) leave-one-out scores in percen
 Measured: 16 sub-nets of a ResNet-18 of width 16 at 32 px on 5,000 + 2,000 images: 24 s on one CPU core.
 """
 import argparse
-import json
 import math
 import os
 import time
@@ -37,7 +36,7 @@ import torch.nn.functional as F
 
 import sdrnet
 from pretrain import (CORES, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, knn, load_array, open_images, open_tasks, plain_input,
-                      rank, run, save_array, say, score, start, torchvision_listing)
+                      rank, run, save_array, save_json, say, score, start, torchvision_listing)
 from sdrnet import InputError, index_to_path, path_to_index, world_size
 
 
@@ -269,6 +268,7 @@ def logistic_fit(x, y, decay, start=None, tolerance=1e-4, iterations=1000):
     target = y.float() if y.dim() > 1 else F.one_hot(y, c).float()
 
     def objective(flat):
+        Signals.poll()
         w = torch.from_numpy(flat).float().view(d + 1, c)
         logits = torch.addmm(w[d], x, w[:d])           # (N, C)
         if y.dim() > 1:
@@ -423,9 +423,7 @@ def write(net, content, task, result, scores, tests, args):
         members = np.flatnonzero(clusters == result["chosen"]["index"])
         members = np.random.default_rng(0).permutation(members)[:48]
         contact_sheet(images, [members[a:a + 12] for a in range(0, len(members), 12)], path("cluster.png"))
-    with open(path("result.json.tmp"), "w") as file:
-        json.dump(result, file, indent=1)
-    os.replace(path("result.json.tmp"), path("result.json"))
+    save_json(path("result.json"), result)
 
 
 def summary(results, names):
