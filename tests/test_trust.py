@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ def test_a_failing_save_leaves_the_state_before(lab):
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(lab):
     """No file may grow beyond 64 kB, which is what a full disk looks like to the one who writes."""
-    out, _, _ = lab.stop("sdr", 0.3, signal.SIGTERM)
+    out, status, seconds = lab.stop("sdr", 0.3, signal.SIGINT)
+    assert status == 130 and seconds < 10
     before = trust.hashes(out)
     status, _ = lab.run("sdr", out, limit=65_536)
     error = lab.err.read_text()
@@ -66,6 +68,23 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(lab):
     after = trust.hashes(out)
     assert all(after[name] == before[name] for name in before if name.endswith(".pt")) and not any(name.endswith((".tmp", ".new")) for name in after)
     assert lab.finish("sdr", out)[0]
+
+
+def test_a_changed_bit_and_a_compressed_checkpoint_are_refused(lab, tmp_path):
+    """torch.load would take both: it does not compare checksums, and unpacks whatever size a file claims."""
+    data, file = bytearray((lab.base / "simsiam.pt").read_bytes()), tmp_path / "x.pt"
+    for at in np.random.default_rng(0).integers(len(data) // 8, len(data) * 7 // 8, 20):         # the weights lie there
+        data[at] ^= 4
+        file.write_bytes(data)
+        torch.load(file, weights_only=True)
+        with pytest.raises(InputError, match="x.pt is not a checkpoint, or it is damaged"):
+            sdrnet.load(str(file))
+        data[at] ^= 4
+    with zipfile.ZipFile(lab.base / "simsiam.pt") as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(InputError, match="x.pt is not a checkpoint"):
+        sdrnet.load(str(file))
 
 
 # ---------------------------------------------------------------------------- what stops a run
