@@ -331,11 +331,13 @@ class Images:
         try:
             array = np.array(rgb(self.open_image(i)))
         except Exception as problem:                   # PIL raises nearly anything on a damaged file
-            reason = " ".join(f"{type(problem).__name__}: {problem}".split())
-            error = InputError(f"image {self.names[i]} cannot be read ({reason}); mend or remove it")
-            error.one_rank, error.reason = True, reason
-            raise error from None
+            raise self.refusal(i, " ".join(f"{type(problem).__name__}: {problem}".split())) from None
         return torch.from_numpy(array).permute(2, 0, 1)
+
+    def refusal(self, i, reason):
+        error = InputError(f"image {self.names[i]} cannot be read ({reason}); mend or remove it")
+        error.one_rank, error.reason = True, reason
+        return error
 
     def stand_ins(self, i):
         """Who takes the place of image i if it is broken: the next ones of its cluster, then of the listing."""
@@ -358,8 +360,10 @@ class Images:
 
     def pixels(self, i):
         """Image i or its stand-in, uint8 (3, H, W). Raises InputError as `decode` does."""
-        image, _ = self.attempt(i, lambda image: image)
-        return self.decode(i) if image is None else image
+        image, broken = self.attempt(i, lambda image: image)
+        if image is None:
+            raise self.refusal(*next(iter(broken.items())))
+        return image
 
     def present(self, indices):
         """The indices, those of broken packed images replaced by their stand-ins."""
@@ -779,10 +783,10 @@ def batches(images, size, batch=256, workers=0, mine=True, order=None):
     loader = torch.utils.data.DataLoader(PlainCrops(images, size), batch_sampler=[order[b].tolist() for b in blocks],
                                          num_workers=workers, worker_init_fn=quiet_worker, collate_fn=list, multiprocessing_context="fork" if workers else None)
     for block, items in zip(blocks, loader):
-        for i, (crop, broken) in zip(order[block], items):
+        for crop, broken in items:
             images.bad.update(broken)
             if crop is None:
-                images.decode(int(i))                  # raises, and names it
+                raise images.refusal(*next(iter(broken.items())))
         yield block, torch.stack([crop for crop, _ in items])
 
 
@@ -1200,6 +1204,8 @@ def resume(paths, config, model, optimizer):
             if not any(os.path.exists(p) for p in older):
                 raise InputError(f"{problem}; start anew with --fresh") from None
             say(f"{problem}; falling back to {older[0]}")
+            if rank() == 0:                            # or the next save would make it the state before
+                os.replace(path, path + ".bad")
             continue
         same_run(state["config"], config, path)
         say(f"continuing from {path}, step {state['step']}")

@@ -250,6 +250,8 @@ def spread_rank(order, labels):
 
 def search_centroid(net, content, task, device, amp):
     """Shares of the task's training images (no labels) whose cluster is each sub-net's, in percent, float32 (g^4,)."""
+    if content["feature_mean"].shape != (net.features,) or content["centroids"].shape != (net.groups ** 4, net.features):
+        raise InputError(f"{content.path}: its centroids are not those of this network")
     f = F.normalize(F.normalize(plain_features(net, task.train, device, amp)) - content["feature_mean"])
     nearest = (f @ content["centroids"].T).argmax(1)
     return 100 * np.bincount(nearest.numpy(), minlength=net.groups ** 4) / len(nearest)

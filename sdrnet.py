@@ -617,8 +617,9 @@ def load(path, kinds=None):
     if not isinstance(content, dict) or not {"format", "kind", "config"} <= set(content):
         raise InputError(f"{path} is not a checkpoint of this project (no format, kind and config in it)")
     wrong = [k for k, kind in TYPES.items() if not isinstance(content.get(k, kind()), kind)]
+    wrong += ["origin"] if not wrong and not isinstance(content.get("origin", {}).get("config", {}), dict) else []
     if wrong:
-        raise InputError(f"{path} is damaged: its {wrong[0]} is {type(content[wrong[0]]).__name__}")
+        raise InputError(f"{path} is damaged: its {wrong[0]} is not what it should be")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}")
     if kinds is not None and content["kind"] not in kinds:

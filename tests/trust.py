@@ -10,6 +10,7 @@ short versions. Exit status 1 if a bar does not hold.
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -498,32 +499,35 @@ def tiny(lab):
 
 
 def saving(lab):
-    """Every write, fsync and rename of a save fails in turn: the state before, or the new one, loads."""
+    """Every write, fsync and rename of a save fails in turn, also where the newest state was damaged before."""
     good, cases, model = 0, 0, torch.nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
     state = lambda step: {"format": sdrnet.FORMAT, "kind": "training", "config": {"a": 1}, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     real = {"write": torch.save, "fsync": os.fsync, "replace": os.replace}
-    for name in real:
-        for turn in range(3):
-            out, calls = lab.fresh(), []
-            os.makedirs(out)
-            paths = [str(out / f"x.{part}.pt") for part in ("last", "prev")]
-            pretrain.keep(*paths, state(1)), pretrain.keep(*paths, state(2))
+    for damaged, name, turn in itertools.product((False, True), real, range(3)):
+        out, calls = lab.fresh(), []
+        os.makedirs(out)
+        paths = [str(out / f"x.{part}.pt") for part in ("last", "prev")]
+        pretrain.keep(*paths, state(1)), pretrain.keep(*paths, state(2))
+        if damaged:                                    # the run went on from the state before
+            Path(paths[0]).write_bytes(b"damaged")
+            pretrain.resume(paths, {"a": 1}, model, optimizer)
 
-            def failing(*arguments, **options):
-                calls.append(0)
-                if len(calls) == turn + 1:
-                    raise OSError(28, "No space left on device", *[a for a in arguments[:1] if isinstance(a, str)])
-                return real[name](*arguments, **options)
-            setattr(torch if name == "write" else os, {"write": "save"}.get(name, name), failing)
-            try:
-                pretrain.keep(*paths, state(3))
-            except OSError as error:
-                cases += 1
-                good += pretrain.resume(paths, {"a": 1}, model, optimizer)["step"] == 2 and str(out) in f"{error.filename}"
-            finally:
-                setattr(torch if name == "write" else os, {"write": "save"}.get(name, name), real[name])
-    return f"{good} of {cases} failures left a state that loads", good == cases == 5
+        def failing(*arguments, **options):
+            calls.append(0)
+            if len(calls) == turn + 1:
+                raise OSError(28, "No space left on device", *[a for a in arguments[:1] if isinstance(a, str)])
+            return real[name](*arguments, **options)
+        place = (torch, "save") if name == "write" else (os, name)
+        setattr(*place, failing)
+        try:
+            pretrain.keep(*paths, state(3))
+        except OSError as error:
+            cases += 1
+            good += pretrain.resume(paths, {"a": 1}, model, optimizer)["step"] == 2 - damaged and str(out) in f"{error.filename}"
+        finally:
+            setattr(*place, real[name])
+    return f"{good} of {cases} failures left the state before, which loads", good == cases == 9
 
 
 SERIES = {                                             # name: (function, bar)
