@@ -65,8 +65,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 import sdrnet
-from pretrain import (MEAN, STD, VOC_CLASSES, Log, Parser, Plan, Signals, Stopped, agree, autocast, clock, common_options, keep,
-                      load_array, parallel, rank, resume, run, same_run, say, start)
+from pretrain import (MEAN, STD, VOC_CLASSES, Log, Parser, Plan, Signals, Stopped, agree, autocast, clock, common_options, due, keep,
+                      load_array, parallel, rank, restarted, resume, rgb, run, same_run, save_json, say, start, training_options)
 from sdrnet import InputError, ResNet, SDRNet, world_size
 
 # Boxes are [x1, y1, x2, y2], float, continuous and from 0, so that a box's width is x2 - x1. VOC's files count pixels
@@ -186,6 +186,7 @@ def evaluate(truth, found, classes):
         at, turn = np.searchsorted(images, found["image"][d]), ranks(found["image"][d])
         at[np.r_[images, -1][at] != found["image"][d]] = len(images)
         iou = {pixel: np.nan_to_num(overlaps(found["box"][d] + [pixel, pixel, 0, 0], boxes[at] + [pixel, pixel, 0, 0], pixel), nan=-1.0) for pixel in (0, 1)}
+        Signals.poll()
         for rule, (match, ap, pixel) in RULES.items():
             status = match(iou[pixel], at, hard[at], turn)
             table[rule][c] = [ap(status[:, k], count) for k in range(len(IOUS))]
@@ -229,7 +230,7 @@ class Scenes:
     def decode(self, i):
         """Image i in RGB. Raises InputError with its name if it cannot be read or is not what its annotation says."""
         try:
-            image = self.open_image(i).convert("RGB")
+            image = rgb(self.open_image(i), turn=False)                # boxes are in the file's own pixels
             if image.size != tuple(self.size[i]):
                 raise ValueError("it is {}x{}, its annotation says {}x{}".format(*image.size, *self.size[i]))
             return image
@@ -353,7 +354,7 @@ def read_annotation(file, images, classes=None):
         return image, size, np.array(boxes, float).reshape(-1, 4), words, np.array(difficult, bool)
     except FileNotFoundError:
         raise InputError(f"annotation {file}: no such file, though ImageSets lists it") from None
-    except (InputError, ElementTree.ParseError, ValueError, OSError) as error:
+    except Exception as error:                         # unknown encodings, numbers too large, images that PIL cannot open
         raise InputError(f"annotation {file}: {error}") from None
 
 
@@ -461,7 +462,7 @@ def read_backbone(source, path=None):
         try:
             if path is not None:
                 raise ValueError("it has no paths")
-            weights = {k: v for k, v in torch.load(source, map_location="cpu", weights_only=True).items() if not k.startswith("fc.")}
+            weights = {k: v for k, v in sdrnet.read(source).items() if not k.startswith("fc.")}
             return {**{k.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for k in weights if "running_mean" in k}, **weights}     # old files lack these
         except Exception:
             raise error from None
@@ -616,15 +617,15 @@ def build(net, config):
 def load_detector(path):
     """The trained detector in <out>/detector.pt, in eval mode, for images whose short side is its config's test_side."""
     content = sdrnet.load(path, ("detector",))
-    model = build(resnet(content["config"]["backbone"]), content["config"])
-    model.load_state_dict(content["model"])
+    try:
+        model = build(resnet(content["config"]["backbone"]), content["config"])
+        model.load_state_dict(content["model"])
+    except Exception as error:
+        raise InputError(f"{path} does not fit its own architecture ({type(error).__name__})") from None
     return model.eval()
 
 
 # ---------------------------------------------------------------------------- training
-
-SAVE_SECONDS = 600                                     # between states to continue from
-
 
 def tell(text, shown, always=False):
     """The line that moves: on a terminal twice a second, in a file once a minute, and `always`. Returns when last."""
@@ -691,14 +692,12 @@ def make_optimizer(model, args):
 def train(model, scenes, args, device, stem, config, until):
     """Trains from <stem>.last.pt, if there is one, to iteration `until`, and leaves the state there. Returns seconds."""
     paths = [f"{stem}.last.pt", f"{stem}.prev.pt"]
-    optimizer, state, first, spent = make_optimizer(model, args), resume(paths, config), 0, 0.0
+    optimizer, first, spent = make_optimizer(model, args), 0, 0.0
+    state = resume(paths, config, model, optimizer)
     if state:
         first, spent = state["step"], state["seconds"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         if first >= until:
             return spent
-        say(f"continuing {paths[0]} at iteration {first} of {until}")
     log, wrapped, wait = Log(f"{stem}.log.jsonl", first, Plan(1, 1, until, args.seed)), parallel(model, device), 0.0
     began = saved = shown = mark = time.time()
     model.train()
@@ -722,7 +721,7 @@ def train(model, scenes, args, device, stem, config, until):
         speed = (step + 1 - first) / elapsed
         shown = tell(f"iteration {step + 1:6d} of {args.iterations}  loss {total:.3f}  lr {rate:.5f}  {speed * args.batch:.1f} img/s  wait {100 * wait / elapsed:.0f}%  "
                      f"eta {clock((until - step - 1) / speed)}", shown, last or (step + 1) % max(1, args.iterations // 20) == 0)
-        if stop or last or time.time() - saved > SAVE_SECONDS:
+        if stop or last or due(args.save_every, step, saved):
             log.flush()
             keep(*paths, {"format": sdrnet.FORMAT, "kind": "training", "config": config, "step": step + 1, "seconds": spent + elapsed,
                           "model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -822,7 +821,7 @@ def choose(candidates, make, scenes, args, device, stem, config):
                 settle_norms(model, fit, args, device)
                 told = summary(evaluate(held.truth(), detect(model, held, args, device), len(held.classes)), held.classes)["coco"]
                 table[name] = [told["AP"], told["AP50"]]
-                write_json(file, about)
+                save_json(file, about)
         spent += len(alive) * (until - (plan[r - 1][0] if r else 0))
         ranked = sorted(alive, key=lambda c: (-table[candidates[c][0]][0], c))
         alive = sorted(ranked[:plan[r + 1][1]])
@@ -831,29 +830,22 @@ def choose(candidates, make, scenes, args, device, stem, config):
     spent += args.iterations - plan[-2][0]
     about.update(chosen=candidates[alive[0]][0], iterations=spent, iterations_without_halving=full)
     say(f"chosen: {about['chosen']}; {spent:,} iterations instead of {full:,} for all {len(candidates)} to the end, {100 * (1 - spent / full):.0f} % saved")
-    write_json(file, about)
+    save_json(file, about)
     return alive[0]
 
 
 # ---------------------------------------------------------------------------- the command
 
 def read_json(path):
-    """What write_json wrote. Raises InputError."""
+    """What save_json wrote of a run. Raises InputError."""
     try:
         with open(path) as file:
-            return json.load(file)
-    except ValueError:
+            content = json.load(file)
+        if not isinstance(content["config"], dict):
+            raise TypeError
+        return content
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is damaged: remove it, or start anew with --fresh") from None
-
-
-def write_json(path, content):
-    """A JSON file, written whole or not at all."""
-    if rank() == 0:
-        with open(path + ".tmp", "w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
 
 
 def pictures(scenes, found, path, count, least=0.5, side=320):
@@ -873,15 +865,15 @@ def pictures(scenes, found, path, count, least=0.5, side=320):
             drawn = draw_bounding_boxes(pixels, torch.from_numpy(boxes * scale), words, [colours[k] for k in labels], width=2) if len(boxes) else pixels
             pair[:, :drawn.shape[1], at:at + drawn.shape[2]] = drawn
         tiles.append(pair)
-    Image.fromarray(make_grid([tile[:, :tall] for tile in tiles], 2, padding=12, pad_value=255).permute(1, 2, 0).numpy()).save(path + ".tmp", "PNG")
-    os.replace(path + ".tmp", path)
+    with sdrnet.whole(path) as file:
+        Image.fromarray(make_grid([tile[:, :tall] for tile in tiles], 2, padding=12, pad_value=255).permute(1, 2, 0).numpy()).save(file, "PNG")
 
 
 RECIPES = {                                            # values that no option gave
     "voc": dict(batch=16, iterations=24000, lr=0.02, warmup=100, short_side=list(range(480, 801, 32)), test_side=800, precise_bn=200, rois=512),
     "toy": dict(batch=8, iterations=500, lr=0.04, warmup=50, short_side=[256], test_side=256, precise_bn=20, rois=64),
 }
-NOT_COMPARED = {"out", "device", "workers", "download", "fresh", "pictures"}
+NOT_COMPARED = {"out", "device", "workers", "download", "save_every", "fresh", "pictures"}
 
 
 def parse(argv=None):
@@ -916,7 +908,7 @@ def parse(argv=None):
     group.add_argument("--best", type=int, default=4)
     group.add_argument("--holdout", type=float, default=0.2, help="share of the training images that candidates are judged on")
     group = common_options(parser)
-    group.add_argument("--fresh", action="store_true", help="start anew; this run's old files are moved to *.bak")
+    training_options(group)
     group.add_argument("--pictures", type=int, default=8, help="test images that are drawn")
     return parser.parse_args(argv)
 
@@ -994,7 +986,7 @@ def main():
     config = {**{k: v for k, v in vars(args).items() if k not in NOT_COMPARED}, "images": [len(train_scenes), len(test_scenes)], "sha256": sums}
     if rank() == 0:
         os.makedirs(args.out, exist_ok=True)
-        for path in [out("metrics.json"), out("halving.json"), out("detections.png"), *glob.glob(glob.escape(out("detector")) + ".*")] if args.fresh else []:
+        for path in [out("metrics.json"), out("halving.json"), out("detections.png"), *glob.glob(glob.escape(out("detector")) + ".*")] if args.fresh and not restarted() else []:
             if os.path.exists(path) and not path.endswith(".bak"):
                 os.replace(path, path + ".bak")
     if world_size() > 1:
@@ -1030,7 +1022,7 @@ def report(found, truth, scenes, args, about):
     protocol = {k: getattr(args, k) for k in ("form", "batch", "iterations", "lr", "steps", "warmup", "weight_decay", "short_side", "longest", "test_side", "precise_bn", "rois")}
     protocol.update(momentum=0.9, frozen="nothing", batch_norm="over all processes", mirrored=0.5, score_threshold=0.05, suppression_iou=0.5, detections_per_image=100,
                     difficult="not trained on, ignored in evaluation", processes=world_size())
-    write_json(os.path.join(args.out, "metrics.json"), {
+    save_json(os.path.join(args.out, "metrics.json"), {
         **results, **about, "protocol": protocol, "test": {"images": len(scenes), "objects": int((~truth["difficult"]).sum()), "difficult": int(truth["difficult"].sum()),
         "detections": len(found["image"])}, "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "numpy": np.__version__}})
     say(f"wrote metrics.json, detector.pt{', detections.png' * bool(args.pictures)} in {args.out}")

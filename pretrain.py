@@ -18,7 +18,8 @@ progressive: phase 0 trains W_0 alone, phase p = 1..4 also the g^p paths whose f
 
 In:  --data      toy | a folder | a torchvision data set by name with --root
      --clusters  clusters.npy, int64 (N,), and clusters.json beside it, from cluster.py
-Out: <out>/simsiam.pt or sdrnet.pt (see sdrnet.py), the same name with .last.pt (to continue), .log.jsonl (each step)
+Out: <out>/simsiam.pt or sdrnet.pt (see sdrnet.py), the same name with .last.pt and .prev.pt (to continue: the
+     newest state and the one before), .log.jsonl (each step); bad_images.txt, the images that cannot be read, if any
 
 Measured: the first two commands take 58 and 35 s on two CPU cores (AMD EPYC with bf16 units, torch 2.15): 1,405 and
 1,649 images a second. What comes out, and what does not, is in the README.
@@ -27,6 +28,7 @@ import argparse
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,7 +36,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
@@ -95,9 +97,18 @@ def run(main, script):
         status = 2
     except Stopped:
         status = 128 + int(Signals.caught)
+    except RuntimeError as error:                      # what torch says when another process has gone
+        gone = "a loader worker" if "DataLoader worker" in str(error) else \
+               "another process of this run" if world_size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "peer")) else None
+        if gone is None:
+            raise
+        if not Signals.caught:
+            print(f"{script}: {gone} has ended, so this one does; the same command continues from the last saved state", file=sys.stderr, flush=True)
+        status = 128 + int(Signals.caught) if Signals.caught else 1
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
-    sys.stdout.flush()
+    with suppress(OSError):                            # the disk may be full
+        sys.stdout.flush()
     if status:                                         # not sys.exit: other ranks may never reach a barrier
         os._exit(status)
 
@@ -120,6 +131,11 @@ def keep_memory():
         libc.mallopt(-1, 2 ** 31 - 1), libc.mallopt(-3, 2 ** 30)       # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     except (OSError, AttributeError):                  # another C library: nothing lost
         pass
+
+
+def restarted():
+    """Whether torchrun (--max-restarts) started this process anew after another died: --fresh was obeyed before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def start(args):
@@ -162,6 +178,25 @@ def common_options(parser, out="runs/toy"):
     return group
 
 
+def interval(text):
+    """"500" -> (500.0, "steps"), "10m" -> (10.0, "minutes")."""
+    value = float(text.removesuffix("m"))
+    if not value >= 1e-9 or not (value.is_integer() or text.endswith("m")):
+        raise ValueError
+    return value, "minutes" if text.endswith("m") else "steps"
+
+
+def due(every, step, saved):
+    """Whether a state is to be saved after this step. every: an `interval`; saved: the time of the last one."""
+    return (time.time() - saved) / 60 >= every[0] if every[1] == "minutes" else (step + 1) % every[0] == 0
+
+
+def training_options(group):
+    """Those of the scripts that train."""
+    group.add_argument("--save-every", type=interval, default="10m", help="steps (500) or minutes (10m) between states to continue from")
+    group.add_argument("--fresh", action="store_true", help="start anew; this run's old files are moved to *.bak")
+
+
 def data_options(parser):
     group = parser.add_argument_group("images")
     group.add_argument("--data", default="toy", help="toy, a folder, or the name of a torchvision data set")
@@ -169,6 +204,7 @@ def data_options(parser):
     group.add_argument("--download", action="store_true", help="let torchvision download what is missing")
     group.add_argument("--subset", help="an .npy of indices: only these images, sorted")
     group.add_argument("--workers", type=int, default=min(8, CORES), help="processes that decode images")
+    group.add_argument("--max-bad", type=float, default=0.01, help="share of the images that may be broken: they are skipped, and listed in <out>/bad_images.txt")
     return group
 
 
@@ -280,11 +316,16 @@ class Images:
 
     open_image(i) -> PIL image; names: file or index of each; labels: int64 (N,), (N, C) of 0/1 for several labels an
     image, or None; packed: uint8 (N, 3, H, W), all of them decoded, or None; fingerprint: what clusters.json compares.
+
+    Broken images: up to `spare` (0: none) are skipped. In the place of each comes the next image of the listing that
+    can be read, of the same cluster if `clusters` (N,) is set: a function of the files alone, so that neither resuming
+    nor the number of workers or processes changes a run. bad: {index: what is wrong} of those met so far.
     """
 
     def __init__(self, names, open_image=None, labels=None, classes=None, packed=None, fingerprint=None):
         self.names, self.open_image, self.labels, self.classes, self.packed = names, open_image, labels, classes, packed
         self.fingerprint = fingerprint or hashlib.sha256("\n".join(names).encode("utf8", "surrogateescape")).hexdigest()
+        self.bad, self.listed, self.spare, self.clusters, self.list_file = {}, set(), 0, None, None
 
     def __len__(self):
         return len(self.names)
@@ -299,33 +340,89 @@ class Images:
 
     def decode(self, i):
         """Image i as uint8 (3, H, W). Raises InputError with its name when it cannot be read."""
-        from PIL import Image, ImageOps
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = ImageOps.exif_transpose(self.open_image(i))
-                if image.mode.startswith("I"):         # 16 bits a pixel
-                    image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-                array = np.array(image.convert("RGB"))
+            array = np.array(rgb(self.open_image(i)))
         except Exception as problem:                   # PIL raises nearly anything on a damaged file
-            error = InputError(f"image {self.names[i]} cannot be read ({type(problem).__name__}: {problem}); mend or remove it")
-            error.one_rank = True
-            raise error from None
+            raise self.refusal(i, " ".join(f"{type(problem).__name__}: {problem}".split())) from None
         return torch.from_numpy(array).permute(2, 0, 1)
+
+    def refusal(self, i, reason):
+        error = InputError(f"image {self.names[i]} cannot be read ({reason}); mend or remove it")
+        error.one_rank, error.reason = True, reason
+        return error
+
+    def stand_ins(self, i):
+        """Who takes the place of image i if it is broken: the next ones of its cluster, then of the listing."""
+        for members in ([] if self.clusters is None else [np.flatnonzero(self.clusters == self.clusters[i])]) + [np.arange(len(self))]:
+            at = int(np.searchsorted(members, i))
+            yield from (int(j) for j in np.r_[members[at + 1:], members[:at]])
+
+    def attempt(self, i, make):
+        """(make(image i), {}); if image i is broken, made of its first good stand-in, and {index: what is wrong} of those
+        that were not; (None, ...) where more are broken than may be, or a hundred in a row. For loader workers too."""
+        broken = {}
+        for j in itertools.chain([int(i)], self.stand_ins(i)):
+            try:
+                return make(self.decode(j)), broken
+            except InputError as error:
+                broken[j] = error.reason
+            if len(broken) > min(self.spare, 99):
+                break
+        return None, broken
+
+    def pixels(self, i):
+        """Image i or its stand-in, uint8 (3, H, W). Raises InputError as `decode` does."""
+        image, broken = self.attempt(i, lambda image: image)
+        if image is None:
+            raise self.refusal(*next(iter(broken.items())))
+        return image
+
+    def present(self, indices):
+        """The indices, those of broken packed images replaced by their stand-ins."""
+        return np.array([i if i not in self.bad else next(j for j in self.stand_ins(i) if j not in self.bad) for i in indices], int) if self.bad else indices
+
+    def share(self):
+        """Tells all processes of the broken images that each has met, and lists them. Raises InputError, on all of them,
+        if there are more than may be."""
+        if world_size() > 1:
+            parts = [None] * world_size()
+            dist.all_gather_object(parts, (self.bad, self.spare))
+            self.bad, self.spare = {i: reason for bad, _ in parts for i, reason in bad.items()}, min(spare for _, spare in parts)
+        new = sorted(set(self.bad) - self.listed)
+        if not new:
+            return
+        if rank() == 0 and self.list_file:
+            os.makedirs(os.path.dirname(self.list_file) or ".", exist_ok=True)
+            with sdrnet.whole(self.list_file) as file:
+                file.write("".join(f"{self.names[i]}\t{self.bad[i]}\n" for i in sorted(self.bad)).encode("utf8", "surrogateescape"))
+        self.listed = set(self.bad)
+        text = f"image {self.names[new[0]]} cannot be read ({self.bad[new[0]]}); {len(self.bad)} of {len(self):,} are broken"
+        if len(self.bad) > self.spare:
+            raise InputError(f"{text}, {'a hundred in a row' if self.spare < 0 else 'more than --max-bad allows' if self.list_file else 'and each counts in a task'}: "
+                             f"mend or remove {f'those in {self.list_file}' if self.list_file else 'them'}")
+        say(f"warning: {text} and skipped, {self.spare} may be; all are listed in {self.list_file}")
 
     def pack(self):
         """Decodes all images into memory if they are small and of one size: then no epoch waits for the disk."""
         if self.packed is not None or len(self) == 0:
             return self
-        first = self.decode(0)
+        try:
+            first = self.pixels(0)
+        except InputError as error:
+            error.one_rank = False                     # all processes decode everything here
+            raise
         if max(first.shape[1:]) > PACK_SIDE or first.numel() * len(self) > PACK_BYTES:
             return self
         from concurrent.futures import ThreadPoolExecutor
-        packed, began = torch.empty(len(self), *first.shape, dtype=torch.uint8), time.time()
+        packed, bad, began = torch.zeros(len(self), *first.shape, dtype=torch.uint8), {}, time.time()
 
         def fill(block):
             for i in block:
-                image = self.decode(i)
+                try:
+                    image = self.decode(i)
+                except InputError as error:
+                    bad[i] = error.reason
+                    continue
                 if image.shape != first.shape or Signals.caught:
                     return False
                 packed[i] = image
@@ -339,8 +436,24 @@ class Images:
                     return self
                 if sys.stdout.isatty() or done == len(blocks) and len(self) > 2000:
                     say(f"\rdecoded {min(done * 500, len(self)):,} of {len(self):,} images, {time.time() - began:.0f} s", end="" if done < len(blocks) else "\n")
-        self.packed = packed
+        self.packed, self.bad = packed, bad
+        self.share()
         return self
+
+
+warnings.filterwarnings("ignore", message="Image size .* exceeds limit")        # PIL's warning of what is refused here
+
+
+def rgb(image, turn=True):
+    """A PIL image of any mode in RGB; turn: as its EXIF says. Raises what PIL raises on damaged files, and refuses
+    decompression bombs: more than PIL's 89 million pixels."""
+    from PIL import Image, ImageOps
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than the {Image.MAX_IMAGE_PIXELS:,} that are decoded")
+    image = ImageOps.exif_transpose(image) if turn else image
+    if image.mode.startswith("I"):                     # 16 bits a pixel
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def toy_listing(count, seed, start=0, labels=None):
@@ -434,6 +547,10 @@ def open_images(args):
         if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(listing):
             raise InputError(f"{args.subset}: indices must lie in 0 .. {len(listing) - 1}, and there must be some")
         listing = listing.subset(np.unique(indices))
+    share = getattr(args, "max_bad", 0.0)              # route.py only shows a few of them
+    if not 0 <= share <= 1:
+        raise InputError(f"--max-bad {share}: a share from 0 to 1")
+    listing.spare, listing.list_file = int(share * len(listing)), os.path.join(getattr(args, "out", "."), "bad_images.txt")
     return listing
 
 
@@ -445,7 +562,8 @@ def load_array(path, kind, dims, **options):
         array = np.load(path, allow_pickle=False, **options)
     except Exception as error:
         raise InputError(f"{path} is not a plain .npy array, or it is damaged ({type(error).__name__})") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in kind or array.ndim != dims:
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in kind or array.ndim != dims or array.size == 0 \
+            or not array.dtype.isnative or array.itemsize > 8:
         shape = getattr(array, "shape", "?"), str(getattr(array, "dtype", "?"))
         raise InputError(f"{path} holds {shape[1]} of shape {shape[0]}; {dims} dimension(s) of {'integers' if kind == 'i' else 'floats'} are needed")
     return array
@@ -454,24 +572,28 @@ def load_array(path, kind, dims, **options):
 def contact_sheet(images, rows, path, size=64):
     """A PNG with a row of pictures per list of indices in `rows`."""
     from torchvision.utils import make_grid
-    from torchvision.io import write_png
+    from torchvision.io import encode_png
     width = max(len(r) for r in rows)
     tiles = torch.full((len(rows) * width, 3, size, size), 255, dtype=torch.uint8)
     for a, row in enumerate(rows):
         for b, i in enumerate(row):
-            image = images.packed[int(i)] if images.packed is not None else images.decode(int(i))
+            image = images.packed[images.present([int(i)])[0]] if images.packed is not None else images.pixels(int(i))
             tiles[a * width + b] = plain_crop(plain_crop(image, min(size, min(image.shape[1:]))), size)
-    write_png(make_grid(tiles, width, padding=2, pad_value=255), path + ".tmp")
-    os.replace(path + ".tmp", path)
+    with sdrnet.whole(path) as file:
+        file.write(encode_png(make_grid(tiles, width, padding=2, pad_value=255)).numpy().tobytes())
 
 
 def save_array(path, array):
     """An .npy written whole or not at all."""
-    with open(path + ".tmp", "wb") as file:
+    with sdrnet.whole(path) as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+
+
+def save_json(path, content):
+    """A JSON file written whole or not at all, by one process."""
+    if rank() == 0:
+        with sdrnet.whole(path) as file:
+            file.write(json.dumps(content, indent=1).encode())
 
 
 # ---------------------------------------------------------------------------- tasks
@@ -628,15 +750,18 @@ def plain_input(images, device):
 def plain_crop(image, size):
     """uint8 (..., 3, H, W) -> (..., 3, size, size) for evaluation: short side to `size` (8/7 of it above 64), centre crop."""
     from torchvision.transforms.v2 import functional as T
-    if image.shape[-2:] == (size, size):
+    height, width = image.shape[-2:]
+    if height == width == size:
         return image
+    if max(height, width) > 4 * min(height, width):    # 1 x 20,000 pixels scaled up would fill the memory
+        image = T.center_crop(image, [min(height, 4 * width), min(width, 4 * height)])
     return T.center_crop(T.resize(image, [size if size <= 64 else round(size * 8 / 7)], antialias=True), [size, size])
 
 
 # ---------------------------------------------------------------------------- features and nearest neighbours
 
 class PlainCrops(torch.utils.data.Dataset):
-    """Image i, decoded and cropped for evaluation."""
+    """Image i, decoded and cropped for evaluation: what `Images.attempt` returns."""
 
     def __init__(self, images, size):
         self.images, self.size = images, size
@@ -645,13 +770,14 @@ class PlainCrops(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        return plain_crop(self.images.decode(i), self.size)
+        return self.images.attempt(i, lambda image: plain_crop(image, self.size))
 
 
 def quiet_worker(_):
-    """Loader workers leave signals to the main process, and one thread each is enough."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Loader workers leave signals to the main process: one that dies of a SIGTERM to the whole group would take the
+    step that is to be finished with it. They end by themselves when it has ended. One thread each is enough."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -663,11 +789,16 @@ def batches(images, size, batch=256, workers=0, mine=True, order=None):
     blocks = blocks[rank()::world_size()] if mine else blocks
     if images.packed is not None:
         for block in blocks:
-            yield block, plain_crop(images.packed[torch.from_numpy(order[block])], size)
+            yield block, plain_crop(images.packed[torch.from_numpy(images.present(order[block]))], size)
         return
     loader = torch.utils.data.DataLoader(PlainCrops(images, size), batch_sampler=[order[b].tolist() for b in blocks],
-                                         num_workers=workers, worker_init_fn=quiet_worker, multiprocessing_context="fork" if workers else None)
-    yield from zip(blocks, loader)
+                                         num_workers=workers, worker_init_fn=quiet_worker, collate_fn=list, multiprocessing_context="fork" if workers else None)
+    for block, items in zip(blocks, loader):
+        for crop, broken in items:
+            images.bad.update(broken)
+            if crop is None:
+                raise images.refusal(*next(iter(broken.items())))
+        yield block, torch.stack([crop for crop, _ in items])
 
 
 @torch.no_grad()
@@ -691,6 +822,7 @@ def embed(net, images, path=None, *, size, device, amp="auto", workers=0, batch=
         table = table.to(device)
         dist.all_reduce(table)                         # each row is on one process: the sum is a gather
         table = table.cpu()
+    images.share()
     return table
 
 
@@ -770,9 +902,9 @@ class Head(nn.Module):
 
 
 def cosine_loss(p, z):
-    """D(p, z) = -cos(p, sg(z)), the mean over all rows, in fp32 at least. p, z: (B, d) or (B, m, d)."""
+    """D(p, z) = -cos(p, sg(z)), the mean over the rows, in fp32 at least. p, z: (B, d), or of m networks (B, m, d) -> (m,)."""
     wide = torch.promote_types(p.dtype, torch.float32)
-    return -F.cosine_similarity(p.to(wide), z.detach().to(wide), dim=-1).mean()
+    return -F.cosine_similarity(p.to(wide), z.detach().to(wide), dim=-1).mean(0)
 
 
 def symmetric(p, z, distance=cosine_loss):
@@ -782,9 +914,12 @@ def symmetric(p, z, distance=cosine_loss):
 
 
 def spread(z):
-    """std * sqrt(d) of normalised z (B, d), or of the worst of m networks' (B, m, d): near 1 is healthy, 0 collapsed."""
+    """std * sqrt(d) of normalised z (B, d), or of m networks' (B, m, d) -> (m,): about 1 when healthy, 0 when collapsed."""
     z = F.normalize(z.detach().float(), dim=-1)
-    return z.std(0).mean(-1).min() * z.shape[-1] ** 0.5
+    return z.std(0).mean(-1) * z.shape[-1] ** 0.5
+
+
+HEADS = ("projector", "predictor", "distiller")
 
 
 class SDR(nn.Module):
@@ -806,26 +941,28 @@ class SDR(nn.Module):
 
     def forward(self, x, sub_x=None, paths=()):
         """x: (2B, 3, S, S), view 1 then view 2 of the largest network's images. sub_x: (m 2b, 3, S, S), for each of the
-        m sub-nets view 1 then view 2 of its b images; paths: theirs. Returns the loss and a vector of what to log:
-        loss of W_0, mean loss of the sub-nets, mean KD, std of W_0, lowest std of a sub-net."""
+        m sub-nets view 1 then view 2 of its b images; paths: theirs. Returns the loss and a vector (4 + 2m,) of what to log:
+        loss of W_0, mean loss of the sub-nets, mean KD, std of W_0, then each sub-net's loss and each one's std."""
         net, zero = self.net, x.new_zeros(())
         z = self.projector(net.trunk(net.stem(x, "batch"), None, "batch"))
         loss = own = symmetric(self.predictor(z), z)                             # L_ssl(D0; W0)
         if not paths:
             idle = sum(p.sum() for p in self.distiller.parameters()) * 0         # every parameter has a gradient, for DDP
-            return loss + idle, torch.stack([own.detach(), zero, zero, spread(z), zero + math.inf])
+            return loss + idle, torch.stack([own.detach(), zero, zero, spread(z)])
         s, m = net.stem(sub_x, "last"), len(paths)
         s = s if net.shared_grad else s.detach()
         with torch.no_grad():                          # z_0 of the same images: what the largest network is right now
             z_0 = self.projector(net.trunk(s, None, "last"), mode="last").unflatten(0, (m, -1)).transpose(0, 1)
         z_i = self.projector(net.trunk(s, paths, "batch"), net.cut(net.features, [p[-1] for p in paths]))     # (2b, m, d)
-        ssl = symmetric(self.predictor(z_i), z_i)                                # L_ssl(D_i; W_i), the mean over i
+        each = symmetric(self.predictor(z_i), z_i)                               # (m,): L_ssl(D_i; W_i)
+        ssl = each.mean()
         if self.distill == "siamkd":
-            kd = symmetric(self.distiller(z_i), z_0)
+            kd = symmetric(self.distiller(z_i), z_0).mean()
         else:
             kd = F.mse_loss(z_i.float(), z_0.float()) if self.distill == "l2" else zero
             kd = kd + sum(p.sum() for p in self.distiller.parameters()) * 0
-        return loss + ssl + self.kd_weight * kd, torch.stack([own.detach(), ssl.detach(), kd.detach(), spread(z), spread(z_i)])
+        values = [torch.stack([own, ssl, kd, spread(z)]), each, spread(z_i)]
+        return loss + ssl + self.kd_weight * kd, torch.cat([v.detach() for v in values])
 
 
 @torch.no_grad()
@@ -861,6 +998,7 @@ def calibrate(net, images, clusters, *, size, device, amp, workers, seed, limit=
         for slot in range(net.groups ** (stage + 1)):
             passes(np.flatnonzero(clusters // below == slot), stage, index_to_path(slot * below, net.groups)[:stage + 1])
         net.finish_statistics(stage)
+    images.share()
     say(f"statistics for inference measured in {time.time() - began:.0f} s")
 
 
@@ -919,8 +1057,7 @@ class Plan:
 
 
 class TrainCrops(torch.utils.data.Dataset):
-    """(image index, its two rows of uniform numbers) -> two crops, uint8 (2, 3, S, S). An image that cannot be read
-    gives its error instead: the main process decides."""
+    """(image index, its two rows of uniform numbers) -> two crops, uint8 (2, 3, S, S), as `Images.attempt` returns them."""
 
     def __init__(self, images, size):
         self.images, self.size = images, size
@@ -928,12 +1065,11 @@ class TrainCrops(torch.utils.data.Dataset):
     def __getitem__(self, item):
         from torchvision.transforms.v2 import functional as T
         i, u = item
-        try:
-            image = self.images.decode(i)
-        except InputError as error:
-            return str(error)
-        boxes = torch.stack(crop_boxes(u, *image.shape[1:]), 1).tolist()
-        return torch.stack([T.resized_crop(image, *box, [self.size, self.size], antialias=True) for box in boxes])
+
+        def crops(image):
+            boxes = torch.stack(crop_boxes(u, *image.shape[1:]), 1).tolist()
+            return torch.stack([T.resized_crop(image, *box, [self.size, self.size], antialias=True) for box in boxes])
+        return self.images.attempt(i, crops)
 
 
 def training_batches(images, plan, first, *, size, seed, device, workers, blurred=0.5):
@@ -954,16 +1090,15 @@ def training_batches(images, plan, first, *, size, seed, device, workers, blurre
         index, rows, subs, total = plan.mine(step)
         u = draws(seed, step, total)[torch.from_numpy(rows)]
         if images.packed is None:
-            crops = next(source)
-            broken = [c for c in crops if isinstance(c, str)]
-            if broken:
-                error = InputError(broken[0])
-                error.one_rank = True
-                raise error
-            crops = torch.stack(crops).to(device, non_blocking=True)
+            crops, broken = zip(*next(source))
+            for part in broken:
+                images.bad.update(part)
+            if any(c is None for c in crops) and images.spare > 99:    # a hundred in a row; `Images.share` stops all processes
+                images.spare = -1
+            crops = torch.stack([torch.zeros(2, 3, size, size, dtype=torch.uint8) if c is None else c for c in crops]).to(device, non_blocking=True)
             both = [views(crops[:, v], u[:, v], size, True, blurred) for v in (0, 1)]
         else:
-            pixels = pool[torch.from_numpy(index).to(pool.device)].to(device)
+            pixels = pool[torch.from_numpy(images.present(index)).to(pool.device)].to(device)
             both = [views(pixels, u[:, v], size, False, blurred) for v in (0, 1)]
         m, own = len(subs), int((rows < plan.batch).sum())             # the first `own` rows are the largest network's
         x = torch.cat([v[:own] for v in both])
@@ -985,17 +1120,30 @@ class Log:
         self.began = self.shown = time.time()
         self.wait, self.images, self.warned, self.per_epoch = 0.0, 0, False, max(1, round(plan.count / plan.batch))
         if rank() == 0:
-            kept = [line for line in open(path) if line.endswith("\n") and json.loads(line)["step"] < first] if os.path.exists(path) else []
-            with open(path, "w") as file:
-                file.writelines(kept)
+            lines = open(path, "rb").readlines() if os.path.exists(path) else []
+            with sdrnet.whole(path) as file:
+                file.writelines(line for line in lines if self.step_of(line) < first)
+
+    @staticmethod
+    def step_of(line):
+        """The step of a line; infinity for half of one."""
+        try:
+            return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+        except (ValueError, KeyError, TypeError):
+            return math.inf
 
     def add(self, **values):
         self.lines.append(json.dumps(values) + "\n")
 
     def flush(self):
         if rank() == 0 and self.lines:
-            with open(self.path, "a") as file:
-                file.writelines(self.lines)
+            try:
+                with open(self.path, "a") as file:
+                    file.writelines(self.lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:                   # a full disk does not say which file
+                raise OSError(error.errno, error.strerror, self.path) from None
         self.lines = []
 
     def ends_epoch(self, step):
@@ -1049,19 +1197,27 @@ def keep(path, older, content):
         os.replace(path + ".new", path)
 
 
-def resume(paths, config):
-    """The newest whole state among `paths` (newest first), or None. Refuses one of other arguments."""
-    for i, path in enumerate(paths):
+def resume(paths, config, model, optimizer):
+    """Loads the newest whole state among `paths` (newest first) into model and optimizer, and returns it, or None.
+    Refuses one of other arguments."""
+    for path, *older in (paths[i:] for i in range(len(paths))):
         if not os.path.exists(path):
             continue
         try:
             state = sdrnet.load(path, ("training",))
-        except InputError as error:
-            if not any(os.path.exists(p) for p in paths[i + 1:]):
-                raise InputError(f"{error}; start anew with --fresh") from None
-            say(f"{error}; falling back to {paths[i + 1]}")
+            if state["config"] == config:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:                     # an optimizer's state can be wrong in many ways
+            problem = error if isinstance(error, InputError) else f"{path} does not fit this network ({type(error).__name__})"
+            if not any(os.path.exists(p) for p in older):
+                raise InputError(f"{problem}; start anew with --fresh") from None
+            say(f"{problem}; falling back to {older[0]}")
+            if rank() == 0:                            # or the next save would make it the state before
+                os.replace(path, path + ".bad")
             continue
         same_run(state["config"], config, path)
+        say(f"continuing from {path}, step {state['step']}")
         return state
     return None
 
@@ -1089,19 +1245,17 @@ def parallel(model, device):
 def train(model, images, plan, args, device, paths, config, tasks):
     """The loop: from the state in <out>/*.last.pt, if any, to the last step. Returns images seen and seconds."""
     optimizer = make_optimizer(model, args)
-    state = resume(paths, config) or {"step": 0, "images_seen": 0, "seconds": 0.0}
+    state = resume(paths, config, model, optimizer) or {"step": 0, "images_seen": 0, "seconds": 0.0}
     first, seen, spent = state["step"], state["images_seen"], state["seconds"]
-    if "model" in state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        say(f"continuing {paths[0]} at step {first} of {plan.steps}")
+    images.bad.update(state.get("bad_images", {}))
+    images.share()
     log, wrapped = Log(paths[0].replace(".last.pt", ".log.jsonl"), first, plan), parallel(model, device)
     began = saved = mark = time.time()
 
     def snapshot(step):
         log.flush()
         keep(*paths, {"format": sdrnet.FORMAT, "kind": "training", "config": config, "step": step, "images_seen": seen,
-                      "seconds": spent + time.time() - began, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                      "seconds": spent + time.time() - began, "bad_images": dict(images.bad), "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     model.train()
     for step, x, sub_x, subs in training_batches(images, plan, first, size=args.image_size, seed=args.seed, device=device, workers=args.workers, blurred=args.blur):
@@ -1114,13 +1268,16 @@ def train(model, images, plan, args, device, paths, config, tasks):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
-        minutes = (time.time() - saved) / 60           # what all processes must agree on, before the weights change
-        due = minutes >= args.save_every[0] if args.save_every[1] == "minutes" else (step + 1) % args.save_every[0] == 0
-        flags = torch.tensor([float(not torch.isfinite(loss)), float(Signals.caught or 0), float(due)]).to(loss.device)
-        total, own, ssl, kd, std, low, bad, stop, due = agree(torch.cat([loss.detach()[None], values, flags.to(loss)]), device)
+        flags = (not torch.isfinite(loss), Signals.caught or 0, due(args.save_every, step, saved), len(images.bad) > len(images.listed))
+        flags = torch.tensor([float(f) for f in flags]).to(loss)       # what all processes must agree on, before the weights change
+        total, own, ssl, kd, std, *each, bad, stop, save, broken = agree(torch.cat([loss.detach()[None], values, flags]), device)
+        losses, stds = ({i: round(v, 4) for i, v in zip(subs, part)} for part in (each[:len(subs)], each[len(subs):]))     # {sub-net: its value}
+        low = min(stds.values(), default=math.inf)
+        if broken:
+            images.share()
         if bad:
             log.flush()
-            raise InputError(f"step {step}: the loss is not finite (largest network {own:.4g}, sub-nets {subs} {ssl:.4g}, distillation {kd:.4g}); "
+            raise InputError(f"step {step}: the loss is not finite (largest network {own:.4g}, sub-nets {losses}, distillation {kd:.4g}); "
                              f"the last good state, if any, is in {paths[0]}: try a lower --lr")
         optimizer.step()
 
@@ -1137,12 +1294,12 @@ def train(model, images, plan, args, device, paths, config, tasks):
         collapsed = min(std, low) < args.collapse_std
         if collapsed and not log.warned:
             log.warned = True
-            say(f"warning: step {step}: std {std:.3f}, lowest of the sub-nets {low:.3f}: features collapse (healthy is near 1)")
-        if stop or due or step + 1 == plan.steps or collapsed and args.stop_on_collapse:
+            say(f"warning: step {step}: std {std:.3f}, of sub-nets {stds}: features collapse (healthy is near 1)")
+        if stop or save or step + 1 == plan.steps or collapsed and args.stop_on_collapse:
             snapshot(step + 1)
             saved = time.time()
         if collapsed and args.stop_on_collapse:
-            raise InputError(f"step {step}: features collapsed (std {std:.3f}, sub-nets {low:.3f}), and --stop-on-collapse was given")
+            raise InputError(f"step {step}: features collapsed (std {std:.3f}, sub-nets {stds}), and --stop-on-collapse was given")
         if stop:
             Signals.caught = Signals.caught or signal.SIGTERM
             raise Stopped()
@@ -1167,7 +1324,7 @@ RECIPES = {                                            # values that no option g
     "small": dict(arch="resnet18", width=64, small_stem=True, image_size=None, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048, blur=0.0, subnets=4),
     "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048, blur=0.5, subnets=4),
 }
-NOT_COMPARED = {"out", "device", "workers", "root", "download", "save_every", "fresh", "monitor_task", "monitor_every", "stop_on_collapse", "collapse_std"}
+NOT_COMPARED = {"out", "device", "workers", "root", "download", "save_every", "fresh", "monitor_task", "monitor_every", "stop_on_collapse", "collapse_std", "max_bad"}
 
 
 def parse(argv=None):
@@ -1198,23 +1355,20 @@ def parse(argv=None):
     group.add_argument("--lr", type=float)
     group.add_argument("--weight-decay", type=float)
     group = common_options(parser)
-    group.add_argument("--save-every", default="10m", help="steps (500) or minutes (10m) between states to continue from")
-    group.add_argument("--fresh", action="store_true", help="start anew; this run's old files are moved to *.bak")
+    training_options(group)
     group.add_argument("--monitor-task", action="append", default=[], help="kNN accuracy on this task while training; repeatable")
     group.add_argument("--monitor-every", type=int, default=10, help="epochs between them")
     group.add_argument("--collapse-std", type=float, default=0.1, help="std * sqrt(d) below which features count as collapsed")
     group.add_argument("--stop-on-collapse", action="store_true")
     args = parser.parse_args(argv)
     try:
-        text = args.save_every
-        args.save_every = (float(text[:-1]), "minutes") if text.endswith("m") else (int(text), "steps")
         args.phases = tuple(float(p) for p in args.phases.split(","))
     except ValueError:
-        raise InputError("--save-every takes 500 or 10m, --phases five numbers as in 1,1,1,1,4") from None
+        raise InputError("--phases takes five numbers as in 1,1,1,1,4") from None
     if args.no_progressive:
         args.phases = (0.0, 0.0, 0.0, 0.0, 1.0)
-    if len(args.phases) != 5 or min(args.phases) < 0 or sum(args.phases) == 0 or args.save_every[0] <= 0:
-        raise InputError("--phases takes five shares, none negative and not all 0; --save-every a positive number")
+    if len(args.phases) != 5 or min(args.phases) < 0 or sum(args.phases) == 0:
+        raise InputError("--phases takes five shares, none negative and not all 0")
     return args
 
 
@@ -1230,7 +1384,7 @@ def load_clusters(path, images):
         try:
             about = json.load(open(note))
             k, sha = int(about["k"]), about["sha256"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{note} is damaged: run cluster.py again") from None
         if sha != images.fingerprint:
             raise InputError(f"{path} was made from another listing of images (names or seed differ): run cluster.py on this --data")
@@ -1239,8 +1393,8 @@ def load_clusters(path, images):
     else:
         say(f"warning: no {note} beside it, so only the length of {path} was checked")
     g = round(k ** 0.25)
-    if g ** 4 != k:
-        raise InputError(f"{path} has {k} clusters, which is not g^4: 1, 16, 81, 256, ... sub-nets are possible")
+    if g ** 4 != k or k > len(clusters):
+        raise InputError(f"{path} has {k} clusters for {len(clusters)} images, which is not g^4: 1, 16, 81, 256, ... sub-nets are possible")
     empty = np.setdiff1d(np.arange(k), clusters)
     if len(empty):
         raise InputError(f"{path}: cluster {empty[0]} has no image")
@@ -1271,14 +1425,14 @@ def fill_defaults(args, images):
 
 def initial_weights(model, path, args):
     """--init: a simsiam.pt (network and heads), or a torchvision ResNet's state dict (network). Prints what was loaded."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True) if os.path.isfile(path) else None
-    except Exception as error:
-        raise InputError(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})") from None
-    if content is None:
-        raise InputError(f"no file {path} to start from")
+    content = sdrnet.read(path)
     ours = isinstance(content, dict) and "format" in content
-    weights = dict(sdrnet.load(path, ("simsiam", "sdrnet"))["backbone"]) if ours else {k: v for k, v in dict(content).items() if not k.startswith("fc.")}
+    if ours:
+        content = sdrnet.load(path, ("simsiam", "sdrnet"))
+    weights = content["backbone"] if ours else content
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
+        raise InputError(f"{path} holds no weights: a simsiam.pt, or a torchvision ResNet's state dict, is needed")
+    weights = {k: v for k, v in weights.items() if ours or not k.startswith("fc.")}
     own = model.net.state_dict()
     wrong = [k for k in sorted(set(own) | set(weights)) if k not in own or k not in weights or own[k].shape != weights[k].shape]
     if wrong:
@@ -1288,9 +1442,9 @@ def initial_weights(model, path, args):
     model.net.load_state_dict(weights)
     heads = 0
     if ours:
-        for name, part in content["heads"].items():
-            module = getattr(model, name)
-            if {k: v.shape for k, v in part.items()} == {k: v.shape for k, v in module.state_dict().items()}:
+        for name in HEADS:
+            module, part = getattr(model, name), content["heads"].get(name)
+            if isinstance(part, dict) and {k: getattr(v, "shape", None) for k, v in part.items()} == {k: v.shape for k, v in module.state_dict().items()}:
                 module.load_state_dict(part)
                 heads += len(part)
     say(f"{path}: loaded {len(weights)} of {len(own)} tensors of the network, {heads} of the heads")
@@ -1315,6 +1469,7 @@ def main():
     clusters = None
     if args.clusters:
         clusters, groups = load_clusters(args.clusters, images)
+        images.clusters = clusters
         if args.groups not in (None, groups):
             raise InputError(f"--groups {args.groups} does not fit {args.clusters}: its {groups ** 4} clusters are {groups}^4")
     fill_defaults(args, images)
@@ -1337,7 +1492,7 @@ def main():
         initial_weights(model, args.init, args)
     if rank() == 0:
         os.makedirs(args.out, exist_ok=True)
-        if args.fresh:
+        if args.fresh and not restarted():
             for path in (final, last, older, last.replace(".last.pt", ".log.jsonl")):
                 if os.path.exists(path):
                     os.replace(path, path + ".bak")
@@ -1361,11 +1516,11 @@ def main():
         more["feature_mean"], more["centroids"] = centroids_of(net, images, clusters, groups ** 4, **options)
         more["cluster_sizes"] = torch.from_numpy(np.bincount(clusters, minlength=groups ** 4))
     if rank() == 0:
-        content = sdrnet.checkpoint(net, kind, **more, origin={"config": config, "images_seen": seen, "seconds": seconds, "torch": str(torch.__version__)},
-                                    heads={n: {k: v.cpu() for k, v in getattr(model, n).state_dict().items()} for n in ("projector", "predictor", "distiller")})
+        content = sdrnet.checkpoint(net, kind, **more, origin={"config": config, "images_seen": seen, "seconds": seconds, "bad_images": len(images.bad), "torch": str(torch.__version__)},
+                                    heads={n: {k: v.cpu() for k, v in getattr(model, n).state_dict().items()} for n in HEADS})
         content["config"]["image_size"] = args.image_size
         sdrnet.save(final, content)
-    say(f"wrote {final}: {seen:,} images seen, {clock(seconds)}")
+    say(f"wrote {final}: {seen:,} images seen, {clock(seconds)}" + (f"; {len(images.bad)} broken images skipped, see {images.list_file}" if images.bad else ""))
 
 
 if __name__ == "__main__":

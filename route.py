@@ -26,7 +26,6 @@ Out: <out>/<task>/scores.npy       float32 (g^4,) leave-one-out scores in percen
 Measured: 16 sub-nets of a ResNet-18 of width 16 at 32 px on 5,000 + 2,000 images: 24 s on one CPU core.
 """
 import argparse
-import json
 import math
 import os
 import sys
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 
 import sdrnet
 from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, open_images,
-                      open_tasks, plain_input, rank, run, save_array, say, score, start, torchvision_listing)
+                      open_tasks, plain_input, rank, run, save_array, save_json, say, score, start, torchvision_listing)
 from sdrnet import InputError, index_to_path, world_size
 
 
@@ -216,6 +215,8 @@ def search_halving(net, task, device, amp, k, shares=(1 / 8, 1 / 4, 1 / 2, 1), k
 
 def search_centroid(features, content):
     """Percent of images in the cluster of each sub-net, float64 (g^4,), from the largest network's features (N, D): no labels."""
+    if content["feature_mean"].shape != features.shape[1:] or content["centroids"].shape[1:] != features.shape[1:]:
+        raise InputError(f"{content.path}: its centroids are not those of this network")
     f = F.normalize(F.normalize(features) - content["feature_mean"])
     return 100 * np.bincount((f @ content["centroids"].T).argmax(1), minlength=len(content["centroids"])) / len(f)
 
@@ -233,6 +234,7 @@ def logistic_fit(x, y, decay, start=None, tolerance=1e-4, iterations=1000):
     target = y.float() if y.dim() > 1 else F.one_hot(y, c).float()
 
     def objective(flat):
+        Signals.poll()
         w = torch.from_numpy(flat).float().view(d + 1, c)
         logits = torch.addmm(w[d], x, w[:d])           # (N, C)
         if y.dim() > 1:
@@ -396,9 +398,7 @@ def write(net, content, result, scores, tests, args):
         members = np.flatnonzero(clusters == result["chosen"]["index"])
         members = np.random.default_rng(0).permutation(members)[:48]
         contact_sheet(images, [members[a:a + 12] for a in range(0, len(members), 12)], path("cluster.png"))
-    with open(path("result.json.tmp"), "w") as file:
-        json.dump(result, file, indent=1)
-    os.replace(path("result.json.tmp"), path("result.json"))
+    save_json(path("result.json"), result)
 
 
 def summary(results, names, out):

@@ -39,6 +39,8 @@ This file is also all one needs to load a checkpoint elsewhere: `load_network("s
 """
 import functools
 import os
+import zipfile
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -538,37 +540,77 @@ class SDRNet(ResNet):
 
 # ---------------------------------------------------------------------------- checkpoints
 
-def save(path, content):
-    """Writes a checkpoint so that `path` is at every moment the old file or the new one, whole:
-    temporary file, fsync, rename. Raises OSError with the file's name when the disk is full or read-only."""
+@contextmanager
+def whole(path):
+    """A binary file to write, which `path` then is: at every moment the old file or the new one, whole. Temporary file,
+    fsync, rename. Raises OSError with the file's name when the disk is full or read-only."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        reason = error if isinstance(error, OSError) else error.__context__        # torch hides the disk's error behind its own
+        if isinstance(reason, OSError):
+            raise OSError(reason.errno, reason.strerror, str(path)) from None
         raise
 
 
-def load(path, kinds=None):
-    """Reads a checkpoint without running code from it (weights_only). kinds: those that fit here, e.g. ("sdrnet",).
-    Raises InputError, naming the file, for anything that is not a whole checkpoint of this project."""
+def save(path, content):
+    """Writes a checkpoint, whole or not at all (see `whole`)."""
+    with whole(path) as file:
+        torch.save(content, file)
+
+
+def read(path):
+    """What torch.save wrote to a file, without running code from it (weights_only). Raises InputError, naming the file,
+    if a single bit of it has changed: torch itself does not look at the checksums in the file."""
     if not os.path.isfile(path):
         raise InputError(f"no checkpoint {path}: run the stage before, or name the right file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):                   # torch's files before 1.6 are not, and have no checksums
+            with zipfile.ZipFile(path) as parts:
+                if any(part.compress_type for part in parts.infolist()) or parts.testzip():        # torch stores, so what is compressed is not its work
+                    raise ValueError("checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                         # a broken zip or pickle fails in many ways
         raise InputError(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})") from None
+
+
+class Content(dict):
+    """What a checkpoint holds: a value that is missing is an InputError that names the file."""
+    path = ""
+
+    def __missing__(self, key):
+        raise InputError(f"{self.path} holds no {key!r}: it is damaged, or of another stage")
+
+
+TYPES = {"config": dict, "backbone": dict, "heads": dict, "statistics": dict, "origin": dict, "model": dict, "optimizer": dict, "kind": str, "format": int,
+         "step": int, "centroids": torch.Tensor, "feature_mean": torch.Tensor}
+
+
+def load(path, kinds=None):
+    """Reads a checkpoint (see `read`). kinds: those that fit here, e.g. ("sdrnet",).
+    Raises InputError, naming the file, for anything that is not a whole checkpoint of this project."""
+    content = read(path)
     if not isinstance(content, dict) or not {"format", "kind", "config"} <= set(content):
         raise InputError(f"{path} is not a checkpoint of this project (no format, kind and config in it)")
+    wrong = [k for k, kind in TYPES.items() if not isinstance(content.get(k, kind()), kind)]
+    wrong += ["origin"] if not wrong and not isinstance(content.get("origin", {}).get("config", {}), dict) else []
+    if wrong:
+        raise InputError(f"{path} is damaged: its {wrong[0]} is not what it should be")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}")
     if kinds is not None and content["kind"] not in kinds:
         raise InputError(f"{path} holds a {content['kind']!r}, and {' or '.join(kinds)} is needed here")
+    content = Content({k: Content(v) if k in ("config", "origin") else v for k, v in content.items()})
+    for part in (content, *content.values()):
+        if isinstance(part, Content):
+            part.path = path
     return content
 
 
@@ -584,24 +626,32 @@ def checkpoint(net, kind, **more):
 def network(content, path="checkpoint"):
     """The network that `load` found: an SDRNet, or for a subnet a plain ResNet; in eval mode, every tensor loaded."""
     config, weights = content["config"], content.get("backbone")
+
+    def make():
+        if content["kind"] == "subnet":
+            return ResNet(config["arch"], config["widths"], config["stem"], config["small_stem"])
+        return SDRNet(**{k: config[k] for k in ("arch", "width", "groups", "shared", "small_stem")})
     try:
         if not 0 < int(config.get("width", config.get("stem"))) <= 4096 or not 0 < config.get("groups", 1) <= 16 \
-                or not all(0 < w <= 32768 for w in config.get("widths", ())):
-            raise InputError("its widths or groups are out of range")
+                or not all(0 < w <= 32768 for w in config.get("widths", ())) or not 8 <= config.get("image_size", 8) + 0 <= 8192:
+            raise InputError("its widths, groups or image size are out of range")
+        with torch.device("meta"):                     # before any memory is taken for what a file only claims to hold
+            shapes = {k: v.shape for k, v in make().state_dict().items()}
+        wrong = [k for k in sorted(set(shapes) | set(weights)) if k not in weights or shapes.get(k) != weights[k].shape]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is missing, too much, or of another shape")
+        net = make()
         if content["kind"] == "subnet":
-            net = ResNet(config["arch"], config["widths"], config["stem"], config["small_stem"])
             net.config["path"] = config["path"]
-        else:
-            net = SDRNet(**{k: config[k] for k in ("arch", "width", "groups", "shared", "small_stem")})
         if not all(bool(torch.isfinite(v).all()) for v in weights.values()):
             raise InputError("it holds weights that are not finite")
         net.load_state_dict(weights, strict=True)
         if content["kind"] == "sdrnet":
             net.load_path_statistics(content["statistics"])
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except Exception as error:
-        raise InputError(f"{path} does not fit its own architecture ({str(error).splitlines()[0][:150]})") from None
+        raise InputError(f"{path} does not fit its own architecture ({str(error).splitlines()[0][:150] if str(error) else type(error).__name__})") from None
     return net.eval()
 
 

@@ -20,7 +20,6 @@ tables into README.md between its markers.
 """
 import argparse
 import json
-import math
 import os
 import platform
 import re
