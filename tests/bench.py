@@ -2,6 +2,8 @@
 
     python tests/bench.py                     # every row that this machine can do, about 15 minutes on two cores
     python tests/bench.py --only tree         # rows whose name contains "tree"
+    python tests/bench.py --device cuda       # training rows on a GPU, and those that need one
+    python tests/bench.py --large             # also 1,280,000 x 2048 features from a file of 10 GB, half an hour
     python tests/bench.py --json bench.jsonl  # a line per row: row, figure, bar, holds, what was measured
 
 Ratios are medians over pairs taken in turn (reference, ours, reference, ours, ...), so that a machine whose speed
@@ -14,7 +16,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -31,7 +35,7 @@ import sdrnet
 from sdrnet import SDRNet
 
 CPU = torch.device("cpu")
-ROWS, ARGS = {}, argparse.Namespace(checkpoint=None, task=None)
+ROWS, ARGS = {}, argparse.Namespace(checkpoint=None, task=None, device=CPU, large=False)
 
 
 def row(name, bar, better="less"):
@@ -45,11 +49,13 @@ def row(name, bar, better="less"):
 def paired(ours, reference, pairs=5):
     """Median seconds of two functions run in turn after one warm-up each. One that returns a float has timed itself."""
     ours(), reference()
-    times = [], []
+    times, wait = ([], []), torch.cuda.synchronize if ARGS.device.type == "cuda" else lambda: None
     for _ in range(pairs):
         for function, kept in ((reference, times[1]), (ours, times[0])):
+            wait()
             began = time.perf_counter()
             own = function()
+            wait()
             kept.append(own if isinstance(own, float) else time.perf_counter() - began)
     return statistics.median(times[0]), statistics.median(times[1])
 
@@ -113,40 +119,39 @@ def stepper(model, loss, lr=0.03):
     return step
 
 
-def our_step(width, groups, shared, small, head=2048):
+def our_step(width, groups, shared, small, head=2048, arch="resnet18"):
     """A training step of ours on given views: bf16 where the machine has it, channels_last."""
     torch.manual_seed(0)
-    model = pretrain.SDR(SDRNet("resnet18", width, groups, shared, small), width=head, shared_grad=False).to(memory_format=torch.channels_last)
+    model = pretrain.SDR(SDRNet(arch, width, groups, shared, small), width=head).to(ARGS.device, memory_format=torch.channels_last)
 
     def loss(x, sub=None, paths=()):
-        with pretrain.autocast(CPU, "auto"):
+        with pretrain.autocast(ARGS.device, "auto"):
             return model(x, sub, paths)[0]
     return stepper(model, loss)
 
 
 def random_views(count, size):
-    return torch.randn(count, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return torch.randn(count, 3, size, size, device=ARGS.device).contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------- training
 
 @row("simsiam step, end to end", 3.0, "more")
 def simsiam_step_end_to_end():
-    batch, images = 128, pretrain.toy_listing(512, 0)
+    batch, images = 256, pretrain.toy_listing(512, 0)
     from PIL import Image
     pil = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in images.packed[:batch]]
-    reference, ours = PlainSimSiam(), our_step(64, 1, 0.5, True)
+    reference, ours = PlainSimSiam().to(ARGS.device), our_step(64, 1, 0.5, True)
     plain = stepper(reference, reference)
-    plan = pretrain.Plan(512, batch, 100, 0)
-    steps = pretrain.training_batches(images, plan, 0, size=32, seed=0, device=CPU, workers=0, blurred=0.0)
-    a, b = paired(lambda: ours(next(steps)[1]), lambda: plain(*pil_views(pil, 32, False)), 3)
+    steps = pretrain.training_batches(images, pretrain.Plan(512, batch, 100, 0), 0, size=32, seed=0, device=ARGS.device, workers=0, blurred=0.0)
+    a, b = paired(lambda: ours(next(steps)[1]), lambda: plain(*(v.to(ARGS.device) for v in pil_views(pil, 32, False))), 3)
     return b / a, {"ours_s": a, "reference_s": b, "batch": batch, "note": "ResNet-18 small stem, 32 px"}
 
 
 @row("simsiam step, model only", 2.5, "more")
 def simsiam_step():
-    batch, reference, ours = 128, PlainSimSiam(), our_step(64, 1, 0.5, True)
-    plain, x, y = stepper(reference, reference), random_views(256, 32), torch.randn(2, batch, 3, 32, 32)
+    batch, reference, ours = 256, PlainSimSiam().to(ARGS.device), our_step(64, 1, 0.5, True)
+    plain, x, y = stepper(reference, reference), random_views(512, 32), torch.randn(2, batch, 3, 32, 32, device=ARGS.device)
     a, b = paired(lambda: ours(x), lambda: plain(*y), 3)
     return b / a, {"ours_s": a, "reference_s": b, "batch": batch}
 
@@ -175,12 +180,47 @@ def views_224():
     return b / a, {"ours_s": a, "reference_s": b}
 
 
-def sdr_against_simsiam(width, small, head, batch=128, groups=4, m=4):
-    simsiam, sdr = our_step(width, groups, 0.5, small, head), our_step(width, groups, 0.5, small, head)
-    x, sub = random_views(2 * batch, 32), random_views(batch, 32)
-    rng = np.random.default_rng(0)
-    a, b = paired(lambda: sdr(x, sub, [sdrnet.index_to_path(i, groups) for i in rng.choice(groups ** 4, m, replace=False)]), lambda: simsiam(x), 5)
-    return a / b, {"sdr_s": a, "simsiam_s": b, "batch": batch, "m": m, "groups": groups}
+@row("JPEG files of 500 x 375 to two views at 224 px, one core", 2.0, "more")
+def jpeg_views():
+    from PIL import Image
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(32):                            # smooth, as photographs are: noise decodes slower than they do
+            small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+            small.resize((500, 375), Image.BICUBIC).save(os.path.join(folder, f"{i:02}.jpg"), quality=90)
+        images, u = pretrain.folder_listing(folder), pretrain.draws(0, 0, 32)
+        crops = pretrain.TrainCrops(images, 224)
+
+        def ours():
+            both = torch.stack([crops[i, u[i]][0] for i in range(32)])
+            return [pretrain.views(both[:, v], u[:, v], 224, cropped=True) for v in (0, 1)]
+
+        def plain():
+            return pil_views([Image.open(name).convert("RGB") for name in images.names], 224, True)
+        a, b = on_one_thread(lambda: paired(ours, plain, 3))
+    return b / a, {"ours_images_per_s": 32 / a, "reference_images_per_s": 32 / b}
+
+
+def on_one_thread(function):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sdr_steps(width, small, head, batch, groups=4, m=4, size=32, arch="resnet18"):
+    """(SDR's step in the paper's form: SiamKD, shared 1/2, B images for the largest network and B/2 for m sub-nets;
+    SimSiam's on the same B), both without arguments."""
+    simsiam, sdr = our_step(width, groups, 0.5, small, head, arch), our_step(width, groups, 0.5, small, head, arch)
+    x, sub, rng = random_views(2 * batch, size), random_views(batch, size), np.random.default_rng(0)
+    return lambda: sdr(x, sub, [sdrnet.index_to_path(i, groups) for i in rng.choice(groups ** 4, m, replace=False)]), lambda: simsiam(x)
+
+
+def sdr_against_simsiam(*shape, **more):
+    a, b = paired(*sdr_steps(*shape, **more), 5)
+    return a / b, {"sdr_s": a, "simsiam_s": b, "batch": shape[3], "m": 4, "groups": 4}
 
 
 @row("SDR step / SimSiam step, toy network", 1.8)
@@ -190,7 +230,58 @@ def sdr_step_toy():
 
 @row("SDR step / SimSiam step, ResNet-18 small stem", 1.6)
 def sdr_step_resnet18():
-    return sdr_against_simsiam(64, True, 2048, 64)
+    return sdr_against_simsiam(64, True, 2048, 128)
+
+
+@row("the same in peak memory of the process", 1.7)
+def sdr_memory():
+    """Each side in a process of its own; what importing needs is not counted. Parameters, momentum and all are."""
+    code = "import sys, resource; sys.path.insert(0, {!r}); import bench; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; a = peak(); " \
+           "step = bench.sdr_steps(64, True, 2048, 64)[{}]; step(); step(); print((peak() - a) / 1024)"
+    sdr, simsiam = (float(subprocess.run([sys.executable, "-c", code.format(os.path.dirname(os.path.abspath(__file__)), i)], capture_output=True, text=True, check=True).stdout) for i in (0, 1))
+    return sdr / simsiam, {"sdr_mb": sdr, "simsiam_mb": simsiam, "batch": 64}
+
+
+def count_reductions(rank, port, found):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = pretrain.parallel(pretrain.SDR(SDRNet("resnet18", 16, 4), width=64), CPU)
+    x, paths = torch.randn(8, 3, 32, 32), [(0, 1, 2, 3), (1, 1, 1, 1), (3, 2, 1, 0), (2, 2, 3, 3)]
+    for _ in range(2):                                 # DDP arranges its buckets anew after the first step
+        with torch.profiler.profile() as profile:
+            loss, values = model(x, torch.randn(16, 3, 32, 32), paths)
+            loss.backward()
+            pretrain.agree(torch.cat([loss.detach()[None], values]), CPU)
+    if rank == 0:
+        norms = sum(isinstance(module, sdrnet.BatchNorm) for module in model.modules())
+        found.put((sum(e.count for e in profile.key_averages() if "gloo:all_reduce" in e.key), norms))
+    torch.distributed.destroy_process_group()
+
+
+@row("all-reduces of an SDR step - 4 per BatchNorm layer", 10)
+def reductions():
+    context, port = torch.multiprocessing.get_context("spawn"), 29000 + os.getpid() % 1000
+    found = context.SimpleQueue()
+    torch.multiprocessing.spawn(count_reductions, (port, found), nprocs=2)
+    calls, norms = found.get()
+    return calls - 4 * norms, {"all_reduces": calls, "batchnorm_layers": norms, "processes": 2, "note": "DDP's and the check of the loss included"}
+
+
+@row("ResNet-50 at 224 px, batch 512: image pairs a second (GPU)", 1500.0, "more")
+def resnet50_pairs():
+    if ARGS.device.type != "cuda":
+        return None, "needs --device cuda"
+    step, x = our_step(64, 4, 0.5, False, 2048, "resnet50"), random_views(1024, 224)
+    a, _ = paired(lambda: step(x), lambda: None)
+    return 512 / a, {"step_s": a, "gpu": torch.cuda.get_device_name()}
+
+
+@row("ResNet-50 at 224 px: SDR step / SimSiam step (GPU)", 1.6)
+def resnet50_sdr():
+    if ARGS.device.type != "cuda":
+        return None, "needs --device cuda"
+    return sdr_against_simsiam(64, False, 2048, 512, size=224, arch="resnet50")
 
 
 @row("SDR step with 256 sub-nets / with 16", 1.05)
@@ -232,6 +323,24 @@ def clustering():
     about = result["about"]
     return theirs / seconds, {"ours_s": seconds, "faiss_s": theirs, "marginal_error": about["marginal_error"], "mean_cosine": about["mean_cosine"], "faiss_cosine": their_cosine,
                               "cosine_ratio": about["mean_cosine"] / their_cosine, "memory_mb": memory}
+
+
+@row("clustering 1,280,000 x 2048 from a file: anonymous memory, GB", 4.0)
+def clustering_large():
+    if not ARGS.large:
+        return None, "needs --large"
+    n, d, rng, result = 1_280_000, 2048, np.random.default_rng(0), {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "features.npy")
+        x = np.lib.format.open_memmap(file, "w+", np.float32, (n, d))
+        centres = rng.normal(size=(400, d)).astype(np.float32)
+        for a in range(0, n, 20_000):
+            x[a:a + 20_000] = centres[rng.integers(0, 400, 20_000)] + rng.standard_normal((20_000, d), np.float32)
+        x.flush()
+        del x
+        began = time.perf_counter()
+        memory = peak_memory(lambda: result.update(cluster.cluster(np.load(file, mmap_mode="r"), 256, CPU, epochs=2, order="none")[-1]))
+    return memory / 1024, {"seconds": time.perf_counter() - began, "epochs": 2, "marginal_error": result["marginal_error"]}
 
 
 # ---------------------------------------------------------------------------- routing
@@ -389,6 +498,8 @@ def evaluator():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda, for the rows of training")
+    parser.add_argument("--large", action="store_true", help="also the row of 1,280,000 x 2048 features")
     parser.add_argument("--json", help="append a line per row to this file")
     parser.add_argument("--checkpoint", help="a trained sdrnet.pt, for the row of halving's choice")
     parser.add_argument("--task", action="append", help="and its tasks, as route.py takes them")
