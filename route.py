@@ -184,7 +184,7 @@ def add_up(table, device):
 
 def search_halving(net, task, device, amp, k, shares=(1 / 8, 1 / 4, 1 / 2, 1), keep=8, fewest=100):
     """All sub-nets on the first share of the training images, then each round the better half, but at least `keep`, on
-    twice as many, with the features of the round before. No round sees less than `fewest` images: on 50 of a task's 400 the
+    twice as many, with the features of the round before. No round sees fewer than about `fewest`: on 50 of a task's 400 the
     choice was up to 4.75 points behind the best (16 sub-nets, toy images), on 100 it was the best in 11 of 12 tasks.
 
     Returns (leave-one-out scores float64 (g^4,): nan but for those that saw everything; share of image passes done)."""
