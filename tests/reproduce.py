@@ -46,8 +46,8 @@ SCALES = {
         rest_options=["--lr", "0.04", "--batch-size", "64"],
         sdr=["--lr", "0.04", "--batch-size", "64", "--sub-batch", "192", "--subnets", "2", "--shared", "0.75", "--shared-grad", "--kd-weight", "0", "--phases", "0,0,0,0,1"]),
     "real": dict(
-        data=["--data", "{packs}/tiny-imagenet/images"], network=["--width", "16", "--small-stem", "--image-size", "32", "--head", "512"], start=5, rest=4.5,
-        start_options=["--lr", "0.06", "--batch-size", "128"], rest_options=["--lr", "0.04", "--batch-size", "128"],
+        data=["--data", "{packs}/tiny-imagenet/images"], network=["--width", "16", "--no-small-stem", "--image-size", "32", "--head", "512"], start=10, rest=6,
+        start_options=["--lr", "0.06", "--batch-size", "64"], rest_options=["--lr", "0.04", "--batch-size", "64"],
         sdr=["--lr", "0.04", "--batch-size", "64", "--sub-batch", "192", "--subnets", "2", "--shared", "0.75", "--shared-grad", "--kd-weight", "0", "--phases", "0,0,0,0,1"]),
 }
 VARIANTS = {                                           # name: (claims it serves, changed options)
@@ -98,6 +98,10 @@ class Experiments:
         os.makedirs(path, exist_ok=True)
         return path
 
+    def shown(self, *words):
+        """A command without this machine's folders."""
+        return " ".join(map(str, words)).replace(self.args.out, "OUT").replace(self.args.data, "PACKS" if self.kind == "real" else "toy")
+
     def pretrain(self, name, *options):
         """Trains into the run's folder; returns the checkpoint and what it says of its origin."""
         folder = self.folder(name)
@@ -105,7 +109,7 @@ class Experiments:
         script("pretrain.py", *options, log=os.path.join(folder, "log"))
         path = os.path.join(folder, "sdrnet.pt" if "--clusters" in options else "simsiam.pt")
         origin = sdrnet.load(path)["origin"]
-        return path, {"command": "pretrain.py " + " ".join(map(str, options)), "images_seen": origin["images_seen"], "seconds": round(origin["seconds"], 1)}
+        return path, {"command": self.shown("pretrain.py", *options), "images_seen": origin["images_seen"], "seconds": round(origin["seconds"], 1)}
 
     def start(self):
         return self.pretrain("start", "--epochs", self.scale["start"], *self.scale["start_options"])
@@ -198,7 +202,7 @@ class Experiments:
         began = time.time()
         script("detect_voc.py", *source, "--out", folder, "--seed", self.seed, *self.common, log=os.path.join(folder, "log"))
         metrics = json.load(open(os.path.join(folder, "metrics.json")))
-        return {"command": "detect_voc.py " + " ".join(source), "seconds": round(time.time() - began, 1), "metrics": {"coco": {k: metrics["coco"][k] for k in ("AP", "AP50", "AP75")}}, "images_seen": 0}
+        return {"command": self.shown("detect_voc.py", *source), "seconds": round(time.time() - began, 1), "metrics": {"coco": {k: metrics["coco"][k] for k in ("AP", "AP50", "AP75")}}, "images_seen": 0}
 
     def plan(self):
         """[(name, claims, function)] in order of worth."""
