@@ -13,8 +13,11 @@ What it does, in the paper's terms (SDR, AAAI 2022). D(p, z) = -cos(p, sg(z)), s
     L            = L_ssl(D0; W0) + mean over sampled i of [ L_ssl(D_i; W_i) + lambda KD_i ]
 
 Without --clusters only the first term: plain SimSiam. With it, each step draws a uniform batch of B for the largest
-network W_0, and m clusters in proportion to their size, B/(2m) images of each for its sub-net. Training is
-progressive: phase 0 trains W_0 alone, phase p = 1..4 also the g^p paths whose first 4-p digits are 0.
+network W_0, and m clusters in proportion to their size, 3B/m images of each for its sub-net. By default neither SiamKD
+nor progressive training is used, since both cost accuracy in our runs (README). As in the paper, phase 0 training W_0
+alone, phase p = 1..4 also the g^p paths whose first 4-p digits are 0:
+
+    torchrun pretrain.py --clusters runs/toy/clusters.npy --distill siamkd --phases 1,1,1,1,4 --shared 0.5 --out runs/paper --init runs/toy/simsiam.pt
 
 In:  --data      toy | a folder | a torchvision data set by name with --root
      --clusters  clusters.npy, int64 (N,), and clusters.json beside it, from cluster.py
@@ -925,9 +928,7 @@ HEADS = ("projector", "predictor", "distiller")
 class SDR(nn.Module):
     """Supernet, projector, predictor h, and the second predictor q of SiamKD; forward returns the loss of a step.
 
-    By default sub-nets' losses train the individual groups and the heads, not the weights that all sub-nets share: on
-    the toy images (seed 0, kNN, mean of four tasks) the largest network ends at 37.2 % so and at 32.1 % with
-    shared_grad, the routed sub-net at 39.1 % and 34.8 %; SimSiam continued on as many images ends at 41.2 %."""
+    shared_grad: whether sub-nets' losses train what all paths share, or the individual groups and the heads only."""
 
     def __init__(self, net, layers=2, width=512, distill="siamkd", kd_weight=1.0, shared_grad=True):
         super().__init__()
@@ -951,15 +952,14 @@ class SDR(nn.Module):
             return loss + idle, torch.stack([own.detach(), zero, zero, spread(z)])
         s, m = net.stem(sub_x, "last"), len(paths)
         s = s if net.shared_grad else s.detach()
-        with torch.no_grad():                          # z_0 of the same images: what the largest network is right now
-            z_0 = self.projector(net.trunk(s, None, "last"), mode="last").unflatten(0, (m, -1)).transpose(0, 1)
         z_i = self.projector(net.trunk(s, paths, "batch"), net.cut(net.features, [p[-1] for p in paths]))     # (2b, m, d)
         each = symmetric(self.predictor(z_i), z_i)                               # (m,): L_ssl(D_i; W_i)
-        ssl = each.mean()
-        if self.distill == "siamkd":
-            kd = symmetric(self.distiller(z_i), z_0).mean()
-        else:
-            kd = F.mse_loss(z_i.float(), z_0.float()) if self.distill == "l2" else zero
+        ssl, kd = each.mean(), zero
+        if self.distill != "none":
+            with torch.no_grad():                      # z_0 of the same images: what the largest network is right now
+                z_0 = self.projector(net.trunk(s, None, "last"), mode="last").unflatten(0, (m, -1)).transpose(0, 1)
+            kd = symmetric(self.distiller(z_i), z_0).mean() if self.distill == "siamkd" else F.mse_loss(z_i.float(), z_0.float())
+        if self.distill != "siamkd":
             kd = kd + sum(p.sum() for p in self.distiller.parameters()) * 0
         values = [torch.stack([own, ssl, kd, spread(z)]), each, spread(z_i)]
         return loss + ssl + self.kd_weight * kd, torch.cat([v.detach() for v in values])
@@ -1321,8 +1321,8 @@ def monitor(net, tasks, args, device):
 
 RECIPES = {                                            # values that no option gave
     "toy":   dict(arch="resnet18", width=16, small_stem=False, image_size=32, epochs=20, batch_size=64, lr=0.06, weight_decay=5e-4, layers=2, head=512, blur=0.0, subnets=2),
-    "small": dict(arch="resnet18", width=64, small_stem=True, image_size=None, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048, blur=0.0, subnets=4),
-    "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048, blur=0.5, subnets=4),
+    "small": dict(arch="resnet18", width=64, small_stem=True, image_size=None, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048, blur=0.0, subnets=2),
+    "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048, blur=0.5, subnets=2),
 }
 NOT_COMPARED = {"out", "device", "workers", "root", "download", "save_every", "fresh", "monitor_task", "monitor_every", "stop_on_collapse", "collapse_std", "max_bad"}
 
@@ -1341,14 +1341,13 @@ def parse(argv=None):
     group = parser.add_argument_group("SDR")
     group.add_argument("--clusters", help="clusters.npy of cluster.py; without it the largest network trains alone, which is SimSiam")
     group.add_argument("--groups", type=int, help="individual groups per stage; default: the fourth root of the number of clusters")
-    group.add_argument("--shared", type=float, default=0.5, help="share of a stage's channels in its shared group")
-    group.add_argument("--subnets", type=int, help="m, sub-nets per step: 4, for toy images 2")
-    group.add_argument("--sub-batch", type=int, help="images of all sub-nets together in a step, each draws its share from its cluster: B/2, for toy images 3B")
+    group.add_argument("--shared", type=float, default=0.75, help="share of a stage's channels in its shared group")
+    group.add_argument("--subnets", type=int, help="m, sub-nets per step: 2")
+    group.add_argument("--sub-batch", type=int, help="images of all sub-nets together in a step, each draws its share from its cluster: 3B")
     group.add_argument("--shared-grad", action=argparse.BooleanOptionalAction, default=True, help="the sub-nets' losses train the shared groups too")
-    group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="siamkd")
+    group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="none", help="from the largest network; the paper's is siamkd")
     group.add_argument("--kd-weight", type=float, default=1.0, help="lambda")
-    group.add_argument("--phases", default="1,1,1,1,4", help="shares of the epochs: largest network alone, then g, g^2, g^3, g^4 sub-nets")
-    group.add_argument("--no-progressive", action="store_true", help="all sub-nets from the first step (the paper's ablation)")
+    group.add_argument("--phases", default="0,0,0,0,1", help="shares of the epochs: largest network alone, then g, g^2, g^3, g^4 sub-nets; the paper's progressive training: 1,1,1,1,4")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=float, help="of images drawn for the largest network")
     group.add_argument("--batch-size", type=int, help="B, over all processes")
@@ -1365,8 +1364,6 @@ def parse(argv=None):
         args.phases = tuple(float(p) for p in args.phases.split(","))
     except ValueError:
         raise InputError("--phases takes five numbers as in 1,1,1,1,4") from None
-    if args.no_progressive:
-        args.phases = (0.0, 0.0, 0.0, 0.0, 1.0)
     if len(args.phases) != 5 or min(args.phases) < 0 or sum(args.phases) == 0:
         raise InputError("--phases takes five shares, none negative and not all 0")
     return args
@@ -1405,7 +1402,7 @@ def fill_defaults(args, images):
     """Values in force: what was given, else the recipe for these images."""
     recipe = "toy" if args.data == "toy" else "small" if images.packed is not None else "large"
     if args.clusters and recipe == "toy":              # sub-nets start from the weights of SimSiam: less is enough
-        args.epochs, args.lr, args.batch_size = args.epochs or 10.0, args.lr or 0.04, args.batch_size or 128
+        args.epochs, args.lr = args.epochs or 5.0, args.lr or 0.04
     for key, value in RECIPES[recipe].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -1417,7 +1414,7 @@ def fill_defaults(args, images):
         raise InputError("--image-size must be at least 8, --epochs, --lr and --subnets positive, --batch-size at least 2")
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size} does not divide among {world_size()} processes")
-    args.sub_batch = args.sub_batch or args.batch_size // 2
+    args.sub_batch = args.sub_batch or 3 * args.batch_size
     if args.clusters and (args.sub_batch % (args.subnets * world_size()) or args.sub_batch < 2 * args.subnets * world_size()):
         raise InputError(f"--sub-batch {args.sub_batch} does not divide among {args.subnets} sub-nets x {world_size()} processes with 2 images each: "
                          f"take a multiple of {args.subnets * world_size()}")

@@ -35,7 +35,7 @@ import sdrnet
 from sdrnet import SDRNet
 
 CPU = torch.device("cpu")
-ROWS, ARGS = {}, argparse.Namespace(checkpoint=None, task=None, device=CPU, large=False)
+ROWS, ARGS = {}, argparse.Namespace(checkpoint=None, task=None, data=None, device=CPU, large=False)
 
 
 def row(name, bar, better="less"):
@@ -80,7 +80,7 @@ def peak_memory(function):
 
 # ---------------------------------------------------------------------------- references
 
-def pil_views(pil, size, blur):
+def pil_views(pil, size, blur, count=2):
     """SimSiam's augmentation as the official recipe composes it, image by image, with torchvision on PIL."""
     from PIL import ImageFilter
     from torchvision import transforms as T
@@ -90,7 +90,7 @@ def pil_views(pil, size, blur):
             return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
     transform = T.Compose([T.RandomResizedCrop(size, (0.2, 1.0)), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2)]
                           + ([T.RandomApply([Blur()], 0.5)] if blur else []) + [T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(pretrain.MEAN, pretrain.STD)])
-    return [torch.stack([transform(p) for p in pil]) for _ in range(2)]
+    return [torch.stack([transform(p) for p in pil]) for _ in range(count)]
 
 
 class PlainSimSiam(torch.nn.Module):
@@ -178,6 +178,42 @@ def views_224():
             pretrain.views(torch.stack(crops), u[:, v], 224, cropped=True)
     a, b = paired(ours, lambda: pil_views(pil, 224, True), 3)
     return b / a, {"ours_s": a, "reference_s": b}
+
+
+def trained_knn(images, tasks, views, seed, size=32, batch=64, epochs=3):
+    """Mean kNN percent on tasks after SimSiam (ResNet-18 of width 16) whose views come from `views`."""
+    torch.manual_seed(seed)
+    model = pretrain.SDR(SDRNet("resnet18", 16, 1)).to(memory_format=torch.channels_last)
+    optimizer, plan = torch.optim.SGD(model.parameters(), 0.06, 0.9, weight_decay=5e-4), pretrain.Plan(len(images), batch, epochs, seed)
+    original, pretrain.views = pretrain.views, views
+    try:
+        for step, x, *_ in pretrain.training_batches(images, plan, 0, size=size, seed=seed, device=CPU, workers=0, blurred=0.0):
+            optimizer.param_groups[0]["lr"] = 0.03 * (1 + np.cos(np.pi * step / plan.steps))
+            with pretrain.autocast(CPU, "auto"):
+                loss = model(x)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    finally:
+        pretrain.views = original
+    embed = lambda part: pretrain.embed(model.net, part, size=size, device=CPU)
+    return statistics.mean(pretrain.knn_score(embed(task.train), embed(task.test), task) for task in tasks)
+
+
+@row("kNN after equal epochs: per-image transforms - our views", 1.0)
+def views_accuracy():
+    """The bar is about the noise: the standard deviation over seeds of either side is printed."""
+    if not ARGS.data:
+        return None, "needs --data FOLDER and --task"
+    from PIL import Image
+    images = pretrain.folder_listing(ARGS.data).pack()
+    tasks = pretrain.open_tasks(ARGS.task)
+    for task in tasks:
+        task.train.pack(), task.test.pack()
+    plain = lambda pixels, u, size, *_: pil_views([Image.fromarray(i.permute(1, 2, 0).numpy()) for i in pixels], size, False, 1)[0]
+    ours, theirs = ([trained_knn(images, tasks, views, seed) for seed in range(3)] for views in (pretrain.views, plain))
+    return statistics.mean(theirs) - statistics.mean(ours), {"ours": [round(v, 2) for v in ours], "per_image": [round(v, 2) for v in theirs], "std_ours": statistics.stdev(ours), "std_per_image": statistics.stdev(theirs),
+                                                             "images": len(images), "epochs": 3, "tasks": [task.name for task in tasks]}
 
 
 @row("JPEG files of 500 x 375 to two views at 224 px, one core", 2.0, "more")
@@ -503,6 +539,7 @@ def main():
     parser.add_argument("--json", help="append a line per row to this file")
     parser.add_argument("--checkpoint", help="a trained sdrnet.pt, for the row of halving's choice")
     parser.add_argument("--task", action="append", help="and its tasks, as route.py takes them")
+    parser.add_argument("--data", help="a folder of small photographs, for the row that compares accuracy (with --task)")
     args = parser.parse_args(namespace=ARGS)
     chosen = {n: r for n, r in ROWS.items() if args.only.lower() in n.lower()}
     if not chosen:

@@ -44,19 +44,19 @@ SCALES = {
     "toy": dict(
         data=[], network=["--width", "16"], start=40, rest=20, start_options=["--lr", "0.06", "--batch-size", "64"],
         rest_options=["--lr", "0.04", "--batch-size", "64"],
-        sdr=["--lr", "0.04", "--batch-size", "64", "--sub-batch", "192", "--subnets", "2", "--shared", "0.75", "--shared-grad", "--kd-weight", "0", "--phases", "0,0,0,0,1"]),
+        sdr=["--lr", "0.04", "--batch-size", "64", "--sub-batch", "192", "--subnets", "2", "--shared", "0.75", "--shared-grad", "--distill", "none", "--phases", "0,0,0,0,1"]),
     "real": dict(
         data=["--data", "{packs}/tiny-imagenet/images"], network=["--width", "16", "--no-small-stem", "--image-size", "32", "--head", "512"], start=10, rest=6,
         start_options=["--lr", "0.06", "--batch-size", "64"], rest_options=["--lr", "0.04", "--batch-size", "64"],
-        sdr=["--lr", "0.04", "--batch-size", "64", "--sub-batch", "192", "--subnets", "2", "--shared", "0.75", "--shared-grad", "--kd-weight", "0", "--phases", "0,0,0,0,1"]),
+        sdr=["--lr", "0.04", "--batch-size", "64", "--sub-batch", "192", "--subnets", "2", "--shared", "0.75", "--shared-grad", "--distill", "none", "--phases", "0,0,0,0,1"]),
 }
 VARIANTS = {                                           # name: (claims it serves, changed options)
     "SDR": ((2, 3, 4, 5, 6, 7, 8), []),
     "SDR, random clusters": ((2, 7), []),              # the same sizes: is it the semantics, or the best of many?
     "with phases": ((7, 9), ["--phases", "1,1,1,1,4"]),
-    "with SiamKD": ((7,), ["--kd-weight", "1"]),
-    "with L2 distillation": ((7,), ["--distill", "l2", "--kd-weight", "1"]),
-    "with phases and SiamKD": ((7, 9), ["--phases", "1,1,1,1,4", "--kd-weight", "1"]),
+    "with SiamKD": ((7,), ["--distill", "siamkd"]),
+    "with L2 distillation": ((7,), ["--distill", "l2"]),
+    "with phases and SiamKD": ((7, 9), ["--phases", "1,1,1,1,4", "--distill", "siamkd"]),
     "own groups only": ((7,), ["--no-shared-grad"]),
     "half-size shared groups": ((7,), ["--shared", "0.5"]),
     "81 sub-nets": ((8,), []),

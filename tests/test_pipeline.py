@@ -18,7 +18,7 @@ sys.path.insert(0, ROOT)
 import pretrain
 import sdrnet
 
-SMALL = ["--width", "8", "--head", "32", "--batch-size", "32", "--amp", "off"]
+SMALL = ["--width", "8", "--head", "32", "--batch-size", "32", "--amp", "off", "--sub-batch", "16", "--phases", "1,1,1,1,4", "--distill", "siamkd"]     # every phase and loss
 
 
 def script(name, *arguments, processes=1, expect=0, **environment):
@@ -182,7 +182,7 @@ CASES = [
     *[("pretrain.py", ["--subset", "{sub}", *SMALL, "--clusters", f"{{w}}/{name}.npy"], text) for name, text in
       (("length", "100 entries"), ("float", "float32"), ("table", "(320, 1)"), ("range", "holds cluster 99"), ("negative", "negative"), ("seventeen", "17 clusters"),
        ("listing", "another listing"), ("hole", "cluster 3 has no image"), ("pickled", "not a plain .npy"))],
-    ("pretrain.py", ["--subset", "{sub}", *SMALL, "--clusters", "{out}/clusters.npy", "--batch-size", "34"], "does not divide"),
+    ("pretrain.py", ["--subset", "{sub}", *SMALL, "--clusters", "{out}/clusters.npy", "--sub-batch", "17"], "does not divide"),
     ("pretrain.py", ["--subset", "{sub}", *SMALL, "--clusters", "{out}/clusters.npy", "--groups", "3"], "--groups 3"),
     ("cluster.py", [], "no checkpoint"),
     ("cluster.py", ["--checkpoint", "{w}/text.pt"], "text.pt"),

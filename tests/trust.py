@@ -35,7 +35,7 @@ import pretrain
 import sdrnet
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-SMALL = ["--width", "8", "--head", "32", "--batch-size", "32", "--amp", "off"]
+SMALL = ["--width", "8", "--head", "32", "--batch-size", "32", "--amp", "off", "--sub-batch", "16", "--phases", "1,1,1,1,4", "--distill", "siamkd"]     # every phase and loss
 
 # Reads a line [argv, file for stdout, file for stderr, largest file that may be written, or 0], forks the script, prints
 # its pid, then its exit status.
@@ -491,7 +491,7 @@ def tiny(lab):
     clusters = np.arange(24) % 16
     np.save(lab.folder / "few.npy", np.arange(24)), np.save(lab.folder / "tiny.npy", clusters)
     out = lab.fresh()
-    status, _ = lab.run("pretrain.py", out, "--subset", lab.folder / "few.npy", *SMALL, "--clusters", lab.folder / "tiny.npy", "--no-progressive", "--epochs", "16")
+    status, _ = lab.run("pretrain.py", out, "--subset", lab.folder / "few.npy", *SMALL, "--clusters", lab.folder / "tiny.npy", "--epochs", "16")
     log = [json.loads(line) for line in open(out / "sdrnet.log.jsonl")]
     drawn = {int(np.bincount(clusters)[i]) for line in log for i in line["subnets"]}
     finite = all(np.isfinite([line["loss"], line["ssl"], line["kd"], line["std_sub"]]).all() for line in log)
