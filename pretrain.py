@@ -16,14 +16,20 @@ Without --clusters only the first term: plain SimSiam. With it, each step draws 
 network W_0, and m clusters in proportion to their size, B/(2m) images of each for its sub-net. Training is
 progressive: phase 0 trains W_0 alone, phase p = 1..4 also the g^p paths whose first 4-p digits are 0.
 
+--objective replaces D and its target (see SDR): byol, the momentum copy of network and projector, for a sub-net along
+its own path; mocov2, the key of the largest network's momentum copy among those in a queue. --sizes D,E trains, with no
+clusters, nested networks of many sizes (DATA, see sdrnet.py) by the sandwich rule: each step the largest network, the
+smallest (D blocks and E/8 of the channels in each stage) and a random one see the same batch, with W_0's target for all.
+
 In:  --data      toy | a folder | a torchvision data set by name with --root
      --clusters  clusters.npy, int64 (N,), and clusters.json beside it, from cluster.py
-Out: <out>/simsiam.pt or sdrnet.pt (see sdrnet.py), the same name with .last.pt (to continue), .log.jsonl (each step)
+Out: <out>/simsiam.pt (byol.pt, mocov2.pt), sdrnet.pt or with --sizes datanet.pt (see sdrnet.py), the same name with .last.pt (to continue), .log.jsonl (each step)
 
 Measured: the first two commands take 58 and 35 s on two CPU cores (AMD EPYC with bf16 units, torch 2.15): 1,405 and
 1,649 images a second. What comes out, and what does not, is in the README.
 """
 import argparse
+import copy
 import functools
 import hashlib
 import json
@@ -733,15 +739,16 @@ def knn_score(train, test, task, k=20):
 
 class Head(nn.Module):
     """An MLP of several streams: Linear, BatchNorm, ReLU, ..., Linear; last_norm: a BatchNorm without affine at the
-    end (the projector's). Its first layer can be sliced on the input side, for features of a sub-net."""
+    end (the projector's); norm=False: no BatchNorm at all; a single width: the identity. Its first layer can be sliced
+    on the input side, for features of a sub-net."""
     shared_grad = True
 
-    def __init__(self, widths, last_norm):
+    def __init__(self, widths, last_norm=False, norm=True):
         super().__init__()
         count = len(widths) - 1
-        self.linears = nn.ModuleList(nn.Linear(a, b, bias=not last_norm and i == count - 1)
+        self.linears = nn.ModuleList(nn.Linear(a, b, bias=not norm or not last_norm and i == count - 1)
                                      for i, (a, b) in enumerate(zip(widths, widths[1:])))
-        self.norms = nn.ModuleList(BatchNorm(b, affine=i < count - 1) for i, b in enumerate(widths[1:]) if last_norm or i < count - 1)
+        self.norms = nn.ModuleList(BatchNorm(b, affine=i < count - 1) for i, b in enumerate(widths[1:]) if norm and (last_norm or i < count - 1))
 
     def forward(self, xs, inps=None, mode="batch"):
         for i, linear in enumerate(self.linears):
@@ -772,52 +779,108 @@ def spread(z):
     return z.std(0).mean() * z.shape[1] ** 0.5
 
 
+def make_heads(objective, features, layers, width):
+    """Projector, predictor h and second predictor q, as each paper has them, scaled to `width`."""
+    if objective == "simsiam":
+        widths, predictor = [features] + [width] * layers, [width, width // 4, width]
+        return Head(widths, last_norm=True), Head(predictor), Head(predictor)
+    out = min(width, 256 if objective == "byol" else 128)
+    if objective == "byol":
+        return Head([features, width, out]), Head([out, width, out]), Head([out, width, out])
+    return Head([features, width, out], norm=False), Head([out]), Head([out])
+
+
+def encode(net, projector, stems, paths, mode):
+    """z of several streams: stem outputs, each along its path or size (None: the largest network), projected."""
+    return projector(net.streams(stems, paths, mode), [p and net.cut(net.features, p[-1]) for p in paths], mode)
+
+
 class SDR(nn.Module):
     """Supernet, projector, predictor h, and the second predictor q of SiamKD; forward returns the loss of a step.
+
+    objective  target of p = h(z)                      distance
+    simsiam    z of the other view                     D
+    byol       z of the momentum network, same path    D, |p - z|^2 / 2 - 1 of unit vectors
+    mocov2     z of the largest momentum network       -log softmax of cosines / temperature: the target's among those
+               (h and q are the identity)              of the newest `queue` targets of the largest network
+    MoCo's loss is symmetrised, as in SimSiam's comparison. Keys are not shuffled over the processes: BatchNorm takes the
+    statistics of all of them.
 
     By default sub-nets' losses train the individual groups and the heads, not the weights that all sub-nets share: on
     the toy images (seed 0, kNN, mean of four tasks) the largest network ends at 37.2 % so and at 32.1 % with
     shared_grad, the routed sub-net at 39.1 % and 34.8 %; SimSiam continued on as many images ends at 41.2 %."""
 
-    def __init__(self, net, layers=2, width=512, distill="siamkd", kd_weight=1.0, shared_grad=True):
+    def __init__(self, net, layers=2, width=512, distill="siamkd", kd_weight=1.0, shared_grad=True,
+                 objective="simsiam", tau=0.996, queue=4096, temperature=0.2):
         super().__init__()
-        self.net, self.distill, self.kd_weight = net, distill, kd_weight
-        self.projector = Head([net.features] + [width] * layers, last_norm=True)
-        self.predictor = Head([width, width // 4, width], last_norm=False)
-        self.distiller = Head([width, width // 4, width], last_norm=False)
+        self.net, self.distill, self.kd_weight, self.objective, self.tau, self.temperature = net, distill, kd_weight, objective, tau, temperature
+        self.projector, self.predictor, self.distiller = make_heads(objective, net.features, layers, width)
+        self.target = None if objective == "simsiam" else copy.deepcopy(nn.ModuleList([net, self.projector])).requires_grad_(False)
+        self.distance = cosine_loss
+        if objective == "mocov2":
+            self.distance = self.contrast
+            self.register_buffer("queue", F.normalize(torch.randn(queue, self.projector.linears[-1].out_features), dim=1))
         for module in self.modules():
             if isinstance(module, (SDRNet, BatchNorm, Head)):
                 module.shared_grad = shared_grad
 
+    def contrast(self, q, k):
+        """Cross-entropy of finding for each q (B, d) its own key k (B, d) among those of the queue."""
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = F.normalize(q.to(self.queue), dim=1), F.normalize(k.detach().to(self.queue), dim=1)
+            logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.T], 1)                # (B, 1 + queue)
+            return F.cross_entropy(logits / self.temperature, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+    @torch.no_grad()
+    def enqueue(self, z):
+        """Puts the keys z, rows [view 1; view 2] of all processes in the global batch's order, before the older ones."""
+        table = self.queue.new_zeros(world_size(), 2, len(z) // 2, z.shape[1])
+        table[rank() % world_size()] = F.normalize(z.to(self.queue), dim=1).unflatten(0, (2, -1))
+        self.queue = torch.cat([sdrnet.add_up(table).transpose(0, 1).flatten(0, 2), self.queue])[:len(self.queue)]
+
+    @torch.no_grad()
+    def follow(self, step, steps):
+        """Before each step: target <- tau target + (1 - tau) online, a copy at the first; BYOL's tau rises to 1."""
+        if self.target is not None:
+            tau = 1 - (1 - self.tau) * (0.5 * (1 + math.cos(math.pi * step / steps)) if self.objective == "byol" else 1)
+            torch._foreach_lerp_(list(self.target.parameters()), [*self.net.parameters(), *self.projector.parameters()], 1 - tau if step else 1.0)
+
+    @torch.no_grad()
+    def aim(self, x, paths, stem, mode):
+        """z of the momentum network along paths, each of its part of x; stem, mode: their BatchNorms' modes."""
+        net, projector = self.target
+        return encode(net, projector, list(net.stem(x, stem).chunk(len(paths))), paths, mode)
+
     def forward(self, x, sub_x=None, paths=()):
         """x: (2B, 3, S, S), view 1 then view 2 of the largest network's images. sub_x: (m 2b, 3, S, S), for each of the
-        m sub-nets view 1 then view 2 of its b images; paths: theirs. Returns the loss and a vector of what to log:
-        loss of W_0, mean loss of the sub-nets, mean KD, std of W_0, lowest std of a sub-net."""
-        net, zero = self.net, x.new_zeros(())
-        f = net.streams([net.stem(x, "batch")], [None], "batch")
-        z, = self.projector(f)
-        loss = own = symmetric(self.predictor([z])[0], z)                        # L_ssl(D0; W0)
-        if not paths:
-            idle = sum(p.sum() for p in self.distiller.parameters()) * 0         # every parameter has a gradient, for DDP
-            return loss + idle, torch.stack([own.detach(), zero, zero, spread(z), zero + math.inf])
-        s = net.stem(sub_x, "last")
-        s = s if net.shared_grad else s.detach()
-        with torch.no_grad():                          # z_0 of the same images: what the largest network is right now
-            teacher, = self.projector(net.streams([s], [None], "last"), mode="last")
-        teachers, m = teacher.chunk(len(paths)), len(paths)
-        fs = net.streams(list(s.chunk(m)), list(paths), "batch")
-        zs = self.projector(fs, [net.cut(net.features, p[-1]) for p in paths])
-        ssl = sum(symmetric(p, z_i) for p, z_i in zip(self.predictor(zs), zs)) / m             # L_ssl(D_i; W_i)
-        if self.distill == "siamkd":
-            kd = sum(symmetric(q, z_0) for q, z_0 in zip(self.distiller(zs), teachers)) / m
-        elif self.distill == "l2":
-            kd = sum(F.mse_loss(z_i.float(), z_0.float()) for z_i, z_0 in zip(zs, teachers)) / m
-        else:
-            kd = zero
-        if self.distill != "siamkd":
-            kd = kd + sum(p.sum() for p in self.distiller.parameters()) * 0
-        lowest = torch.stack([spread(z_i) for z_i in zs]).min()
-        return loss + ssl + self.kd_weight * kd, torch.stack([own.detach(), ssl.detach(), kd.detach(), spread(z), lowest])
+        m sub-nets view 1 then view 2 of its b images; paths: theirs. Without sub_x, paths are sizes that see x as well.
+        Returns the loss and a vector of what to log: loss of W_0, mean loss of the sub-nets, mean KD, std of W_0, lowest
+        std of a sub-net."""
+        net, m, sizes = self.net, len(paths), list(paths) if sub_x is None else []
+        zs = encode(net, self.projector, [net.stem(x, "batch")] * (1 + len(sizes)), [None, *sizes], "batch")
+        ps, z = self.predictor(zs), zs[0]
+        target = z if self.target is None else self.aim(x, [None], "batch", "batch")[0]
+        own = symmetric(ps[0], target, self.distance)                            # L_ssl(D0; W0)
+        zs, ps, targets = zs[1:], ps[1:], [target] * m
+        kd = sum((p.sum() for p in self.distiller.parameters()), x.new_zeros(())) * 0              # every parameter has a gradient, for DDP
+        if sub_x is not None:
+            s = net.stem(sub_x, "last")
+            s = s if net.shared_grad else s.detach()
+            with torch.no_grad():                      # z_0 of the same images: what the largest network is right now
+                teachers = encode(net, self.projector, [s], [None], "last")[0].chunk(m)
+            zs = encode(net, self.projector, list(s.chunk(m)), list(paths), "batch")
+            ps = self.predictor(zs)
+            targets = (zs if self.target is None else self.aim(sub_x, list(paths), "last", "batch") if self.objective == "byol"
+                       else self.aim(sub_x, [None] * m, "last", "last"))
+            if self.distill == "siamkd":
+                kd = sum(symmetric(q, z_0) for q, z_0 in zip(self.distiller(zs), teachers)) / m
+            elif self.distill == "l2":
+                kd = kd + sum(F.mse_loss(z_i.float(), z_0.float()) for z_i, z_0 in zip(zs, teachers)) / m
+        ssl = sum(symmetric(p, t, self.distance) for p, t in zip(ps, targets)) / m if m else x.new_zeros(())     # L_ssl(D_i; W_i)
+        lowest = torch.stack([spread(z_i) for z_i in zs]).min() if m else x.new_tensor(math.inf)
+        if self.objective == "mocov2":
+            self.enqueue(target)
+        return own + ssl + self.kd_weight * kd, torch.stack([own.detach(), ssl.detach(), kd.detach(), spread(z), lowest])
 
 
 @torch.no_grad()
@@ -1014,13 +1077,20 @@ def learning_rate(optimizer, base, step, steps):
 
 
 def make_optimizer(model, args):
-    """SGD; weight decay leaves BatchNorm and biases alone; the predictors keep a constant learning rate."""
+    """SGD; weight decay leaves BatchNorm and biases alone; SimSiam's predictors keep a constant learning rate."""
     groups = {}
     for name, p in model.named_parameters():
-        key = "predictor" in name or "distiller" in name, p.dim() > 1
-        groups.setdefault(key, []).append(p)
+        key = args.objective == "simsiam" and ("predictor" in name or "distiller" in name), p.dim() > 1
+        if p.requires_grad:                            # the momentum network follows without gradients
+            groups.setdefault(key, []).append(p)
     return torch.optim.SGD([{"params": ps, "constant": constant, "weight_decay": args.weight_decay if decay else 0.0}
                             for (constant, decay), ps in groups.items()], lr=args.lr, momentum=0.9)
+
+
+def sandwich(net, seed):
+    """DATA's rule: the smallest size and a random one, beside the largest network."""
+    rng, choices = np.random.default_rng(seed), net.sizes()
+    return [tuple(c[0] for c in choices), tuple(c[rng.integers(len(c))] for c in choices)]
 
 
 def agree(values, device):
@@ -1101,8 +1171,10 @@ def train(model, images, plan, args, device, paths, config, tasks):
         if subs and (step == 0 or not plan.phase(step - 1)):           # sub-nets enter: q starts as a copy of h
             model.distiller.load_state_dict(model.predictor.state_dict())
         rate = learning_rate(optimizer, args.lr, step, plan.steps)
+        model.follow(step, plan.steps)
+        along = sandwich(model.net, [args.seed, 4, step]) if args.sizes else [index_to_path(i, plan.groups) for i in subs]
         with autocast(device, args.amp):
-            loss, values = wrapped(x, sub_x, [index_to_path(i, plan.groups) for i in subs])
+            loss, values = wrapped(x, sub_x, along)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
@@ -1116,11 +1188,11 @@ def train(model, images, plan, args, device, paths, config, tasks):
                              f"the last good state, if any, is in {paths[0]}: try a lower --lr")
         optimizer.step()
 
-        drawn = plan.batch + len(subs) * plan.rows
+        drawn = plan.batch + len(along) * (plan.batch if args.sizes else plan.rows)
         seen, log.images = seen + drawn, log.images + drawn
         line = {"step": step, "epoch": round((step + 1) * plan.batch / len(images), 3), "phase": plan.phase(step), "loss": total, "own": own, "std": std, "lr": rate}
-        if subs:
-            line.update(subnets=subs, ssl=ssl, kd=kd, std_sub=low)
+        if along:
+            line.update(subnets=along if args.sizes else subs, ssl=ssl, kd=kd, std_sub=low)
         log.show(line)
         if tasks and log.ends_epoch(step) and ((step + 1) // log.per_epoch % args.monitor_every == 0 or step + 1 == plan.steps):
             line["knn"] = monitor(model.net, tasks, args, device)
@@ -1172,7 +1244,7 @@ def parse(argv=None):
     group.add_argument("--image-size", type=int)
     group.add_argument("--blur", type=float, help="probability of blur in a view: 0.5, and 0 for small images")
     group.add_argument("--head", type=int, help="width of the projector")
-    group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: the simsiam.pt in --out")
+    group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: the simsiam.pt (byol.pt, mocov2.pt) in --out")
     group = parser.add_argument_group("SDR")
     group.add_argument("--clusters", help="clusters.npy of cluster.py; without it the largest network trains alone, which is SimSiam")
     group.add_argument("--groups", type=int, help="individual groups per stage; default: the fourth root of the number of clusters")
@@ -1183,6 +1255,12 @@ def parse(argv=None):
     group.add_argument("--kd-weight", type=float, default=1.0, help="lambda")
     group.add_argument("--phases", default="1,1,1,1,4", help="shares of the epochs: largest network alone, then g, g^2, g^3, g^4 sub-nets")
     group.add_argument("--no-progressive", action="store_true", help="all sub-nets from the first step (the paper's ablation)")
+    group = parser.add_argument_group("neighbours of SDR over SimSiam")
+    group.add_argument("--objective", choices=("simsiam", "byol", "mocov2"), default="simsiam")
+    group.add_argument("--tau", type=float, help="momentum of the target: byol 0.996, mocov2 0.999, 0.99 for toy images")
+    group.add_argument("--queue", type=int, help="keys in mocov2's queue: 65536, 4096 for small images")
+    group.add_argument("--temperature", type=float, help="mocov2's T: 0.2")
+    group.add_argument("--sizes", help="D,E: also train nested networks, the smallest of D blocks and E/8 of the channels per stage, as in 1,4")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=float, help="of images drawn for the largest network")
     group.add_argument("--batch-size", type=int, help="B, over all processes")
@@ -1200,12 +1278,18 @@ def parse(argv=None):
         text = args.save_every
         args.save_every = (float(text[:-1]), "minutes") if text.endswith("m") else (int(text), "steps")
         args.phases = tuple(float(p) for p in args.phases.split(","))
+        args.sizes = args.sizes and tuple(int(n) for n in args.sizes.split(","))
     except ValueError:
-        raise InputError("--save-every takes 500 or 10m, --phases five numbers as in 1,1,1,1,4") from None
+        raise InputError("--save-every takes 500 or 10m, --phases five numbers as in 1,1,1,1,4, --sizes two as in 1,4") from None
     if args.no_progressive:
         args.phases = (0.0, 0.0, 0.0, 0.0, 1.0)
     if len(args.phases) != 5 or min(args.phases) < 0 or sum(args.phases) == 0 or args.save_every[0] <= 0:
         raise InputError("--phases takes five shares, none negative and not all 0; --save-every a positive number")
+    if args.sizes and (len(args.sizes) != 2 or args.clusters):
+        raise InputError("--sizes takes two numbers, as in 1,4, and no --clusters: a network has sizes or paths")
+    wrong = [f"--{k}" for k, used in (("tau", ("byol", "mocov2")), ("queue", ("mocov2",)), ("temperature", ("mocov2",))) if getattr(args, k) is not None and args.objective not in used]
+    if wrong:
+        raise InputError(f"{wrong[0]} is not an option of --objective {args.objective}")
     return args
 
 
@@ -1243,15 +1327,22 @@ def fill_defaults(args, images):
     recipe = "toy" if args.data == "toy" else "small" if images.packed is not None else "large"
     if args.clusters and recipe == "toy":              # sub-nets start from the weights of SimSiam: less is enough
         args.epochs, args.lr, args.batch_size = args.epochs or 10.0, args.lr or 0.04, args.batch_size or 128
+    if args.objective == "byol":
+        args.tau, args.head = args.tau or (0.99 if recipe == "toy" else 0.996), args.head or (4096 if recipe == "large" else None)
+    if args.objective == "mocov2":
+        args.tau, args.temperature = args.tau or (0.99 if recipe == "toy" else 0.999), args.temperature or 0.2
+        args.queue = args.queue or (65536 if recipe == "large" else 4096)
     for key, value in RECIPES[recipe].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.image_size is None:
         args.image_size = int(min(images.packed.shape[2:]))
     if recipe == "large" and args.lr == RECIPES["large"]["lr"]:
-        args.lr = 0.05 * args.batch_size / 256
+        args.lr = (0.03 if args.objective == "mocov2" else 0.05) * args.batch_size / 256
     if args.image_size < 8 or args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0 or args.subnets < 1:
         raise InputError("--image-size must be at least 8, --epochs, --lr and --subnets positive, --batch-size at least 2")
+    if not 0 <= (args.tau or 0) < 1 or (args.queue or 1) < 1 or (args.temperature or 1) <= 0:
+        raise InputError("--tau must lie in 0 .. 1, --queue and --temperature must be positive")
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size} does not divide among {world_size()} processes")
     if args.clusters and args.batch_size % (2 * args.subnets * world_size()):
@@ -1312,17 +1403,18 @@ def main():
     tasks = open_tasks(args.monitor_task, args.seed)
     for task in tasks:
         task.train.pack(), task.test.pack()
-    kind = "simsiam" if clusters is None else "sdrnet"
-    final, last, older = (os.path.join(args.out, f"{kind}{ending}.pt") for ending in ("", ".last", ".prev"))
-    if clusters is not None and args.init is None and os.path.exists(os.path.join(args.out, "simsiam.pt")):
-        args.init = os.path.join(args.out, "simsiam.pt")
+    kind = "sdrnet" if clusters is not None else "datanet" if args.sizes else "simsiam"                 # byol.pt and mocov2.pt are of the same kind
+    alone = f"{args.objective}.pt"
+    final, last, older = (os.path.join(args.out, f"{alone[:-3] if kind == 'simsiam' else kind}{ending}.pt") for ending in ("", ".last", ".prev"))
+    if clusters is not None and args.init is None and os.path.exists(os.path.join(args.out, alone)):
+        args.init = os.path.join(args.out, alone)
     config = {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(args).items() if k not in NOT_COMPARED}
     config["images"] = images.fingerprint
     if clusters is not None:
         config["clusters_sha256"] = hashlib.sha256(clusters.tobytes()).hexdigest()
 
-    net = SDRNet(args.arch, args.width, args.groups, args.shared, args.small_stem)
-    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight, args.shared_grad)
+    net = SDRNet(args.arch, args.width, args.groups, args.shared, args.small_stem, args.sizes)
+    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight, args.shared_grad or bool(args.sizes), args.objective, args.tau, args.queue, args.temperature)
     if args.init not in (None, "none"):
         initial_weights(model, args.init, args)
     if rank() == 0:
@@ -1339,7 +1431,7 @@ def main():
         return
     model.to(device, memory_format=torch.channels_last)
     plan = Plan(len(images), args.batch_size, args.epochs, args.seed, clusters, groups, args.subnets, args.phases)
-    say(f"{kind}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
+    say(f"{os.path.basename(final)[:-3]}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
         + (f", {groups ** 4} sub-nets of {net.sub_features / net.features:.3f} width, phases end at {plan.phase_ends}" if clusters is not None else "")
         + f"; {device.type}, {world_size()} process(es), {torch.get_num_threads()} threads")
     say("values in force: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v not in (None, [], False)))

@@ -29,6 +29,11 @@ network's batch; each sub-net's batch) is normalised by its own statistics over 
 statistics belong to the PREFIX of a path: stage s has g^s sets, so that all sub-nets can be run as a tree
 (`walk`), each prefix once. They are measured after training (`collect`, then `finish_statistics`).
 
+Sizes (DATA, CVPR 2022) are the other way to share weights: with sizes=(d, e) the network holds, in place of paths,
+nested networks of many sizes. A size is a (depth, eighths) per stage: the first `depth` blocks and the first `eighths`/8
+of the channels, from (d, e) to everything. It goes wherever a path goes: net(images, size), net.extract(size). Its
+statistics for inference are slices of the largest network's, which do not suit it: measure an extracted one's anew.
+
     net = SDRNet("resnet18", width=64, groups=4)      # 256 sub-nets
     f0 = net(images)                                  # (B, 512) the largest network
     fi = net(images, path=(1, 0, 3, 2))               # (B, 320) one sub-net
@@ -72,7 +77,10 @@ def index_to_path(index, groups):
 
 
 def prefix_slot(prefix, groups):
-    """The row of a stage's statistics that belongs to a prefix: its digits read in base g."""
+    """The row of a stage's statistics that belongs to a prefix: its digits read in base g. None for the largest
+    network (prefix None) and for a size, which have no row."""
+    if prefix is None or isinstance(prefix[0], tuple):
+        return None
     slot = 0
     for d in prefix:
         slot = slot * groups + d
@@ -290,8 +298,10 @@ class BatchNorm(nn.BatchNorm2d):
         return mean, var
 
     def statistics(self, cut, slot):
-        """(mean, variance) for inference: of the largest network (cut None) or of a prefix's slot."""
-        return (self.running_mean, self.running_var) if cut is None else (self.path_mean[slot], self.path_var[slot])
+        """(mean, variance) for inference: of the largest network (slot None), sliced for a size, or of a prefix's slot."""
+        if slot is None:
+            return take(self.running_mean, cut), take(self.running_var, cut)
+        return self.path_mean[slot], self.path_var[slot]
 
     def finish(self, cut_of_slot=None):
         """Turns what `collect` added up, on all processes, into the statistics for inference."""
@@ -348,15 +358,15 @@ class ResNet(nn.Module):
     """A plain ResNet-18/34/50 under torchvision's names, of any width: what `SDRNet.extract` returns.
 
     arch: resnet18, resnet34 or resnet50. widths: inner width of the four stages. stem: width of the stem.
-    small_stem: 3x3 stride 1 without pooling, for small images. forward: images (B, 3, H, W) -> features
+    small_stem: 3x3 stride 1 without pooling, for small images. depths: blocks of the stages (None: arch's). forward: images (B, 3, H, W) -> features
     (B, D), the average over positions; D = widths[3], times 4 for resnet50.
     """
 
-    def __init__(self, arch, widths, stem, small_stem=False, norm=nn.BatchNorm2d):
+    def __init__(self, arch, widths, stem, small_stem=False, norm=nn.BatchNorm2d, depths=None):
         super().__init__()
-        bottleneck, depths = ARCHS[arch]
+        bottleneck, depths = ARCHS[arch][0], depths or ARCHS[arch][1]
         self.expansion = 4 if bottleneck else 1
-        self.config = {"arch": arch, "widths": list(widths), "stem": stem, "small_stem": small_stem}
+        self.config = {"arch": arch, "widths": list(widths), "stem": stem, "small_stem": small_stem, "depths": list(depths)}
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False) if small_stem else nn.Conv2d(3, stem, 7, 2, 3, bias=False)
         self.bn1 = norm(stem)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
@@ -393,17 +403,20 @@ class SDRNet(ResNet):
     """
     shared_grad = True
 
-    def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False):
+    def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False, sizes=None):
         self.groups, self.shared = groups, shared
         if arch not in ARCHS:
             raise InputError(f"arch {arch!r} is not one of {', '.join(ARCHS)}")
         if not (0 <= shared < 1 and groups >= 1 and int(width * (1 - shared) / groups) >= 1):
             raise InputError(f"width {width} cannot be split into a shared part of {shared} and {groups} groups of at least 1 channel")
+        if sizes and not (1 <= sizes[0] <= min(ARCHS[arch][1]) and 1 <= sizes[1] <= 8 and width % 8 == 0):
+            raise InputError(f"{arch} of width {width} has no sizes from {sizes[0]} block(s) and {sizes[1]} eighths of the channels on: "
+                             f"at most {min(ARCHS[arch][1])} and 8, of a width that 8 divides")
 
         def norm(channels, stage=None):                # the stem (stage None) has one set of statistics
             return BatchNorm(channels, groups=None if stage is None else (groups ** (stage + 1), self.sub_width(channels)))
         super().__init__(arch, [width * 2 ** s for s in range(STAGES)], width, small_stem, norm)
-        self.config = {"arch": arch, "width": width, "groups": groups, "shared": shared, "small_stem": small_stem}
+        self.config = {"arch": arch, "width": width, "groups": groups, "shared": shared, "small_stem": small_stem, **({"sizes": list(sizes)} if sizes else {})}
         self.sub_features = self.sub_width(self.features)
 
     # -- which channels
@@ -417,11 +430,20 @@ class SDRNet(ResNet):
         return sum(self.split(channels))
 
     def cut(self, channels, digit):
-        """The channels of a stage that a path with this digit there uses (None: the largest network)."""
+        """The channels of a stage that a path with this digit, or a size with this (depth, eighths), uses there (None:
+        the largest network)."""
         if digit is None:
             return None
+        if isinstance(digit, tuple):
+            n = channels * digit[1] // 8
+            return n, n, n
         shared, group = self.split(channels)
         return shared, shared + digit * group, shared + (digit + 1) * group
+
+    def sizes(self):
+        """The (depth, eighths) that each stage may have, smallest first; any may follow any."""
+        least, eighths = self.config["sizes"]
+        return [[(d, e) for d in range(least, depth + 1) for e in range(eighths, 9)] for depth in ARCHS[self.config["arch"]][1]]
 
     # -- forward
 
@@ -445,14 +467,18 @@ class SDRNet(ResNet):
     def stage(self, s, xs, prefixes, mode="saved"):
         """Stage s (0 to 3) of several streams, layer by layer, so that BatchNorm speaks once for all of them.
 
-        xs: list of (B_i, C_i, H, W). prefixes: for each, the first s+1 digits of its path, or None for the
-        largest network. Returns a list like xs."""
-        slots = [None if p is None else prefix_slot(p, self.groups) for p in prefixes]
+        xs: list of (B_i, C_i, H, W). prefixes: for each, the first s+1 digits of its path, or as many pairs of its
+        size, or None for the largest network. Returns a list like xs."""
+        slots = [prefix_slot(p, self.groups) for p in prefixes]
         digits = [None if p is None else p[s] for p in prefixes]
         before = [None if p is None or s == 0 else p[s - 1] for p in prefixes]
-        blocks = self.stages()[s]
-        inps = [self.cut(blocks[0].conv1.in_channels, d) for d in before]
-        for block in blocks:
+        blocks, done = self.stages()[s], {}
+        inps, place = [self.cut(blocks[0].conv1.in_channels, d) for d in before], list(range(len(xs)))
+        for depth, block in enumerate(blocks):
+            live = [i for i, d in enumerate(digits) if not isinstance(d, tuple) or depth < d[0]]
+            if len(live) < len(digits):                # sizes that end here: set their output aside
+                done.update((place[i], xs[i]) for i in range(len(xs)) if i not in live)
+                xs, inps, digits, slots, place = ([items[i] for i in live] for items in (xs, inps, digits, slots, place))
             layers = block.layers()
             inner = [self.cut(layers[0][0].out_channels, d) for d in digits]
             outs = [self.cut(layers[-1][0].out_channels, d) for d in digits]
@@ -466,7 +492,8 @@ class SDRNet(ResNet):
             elif s == 0 and block is blocks[0]:        # the stem's full width: select the path's channels
                 xs = [x if c is None else torch.cat([x[:, :c[0]], x[:, c[1]:c[2]]], 1) for x, c in zip(xs, outs)]
             xs, inps = [F.relu(y + x) for y, x in zip(ys, xs)], outs
-        return xs
+        done.update(zip(place, xs))
+        return [done[i] for i in range(len(done))]
 
     def streams(self, xs, paths, mode):
         """Stem outputs xs, a path each (None: the largest network) -> pooled features, a list of (B_i, D_i) in fp32."""
@@ -475,7 +502,8 @@ class SDRNet(ResNet):
         return [x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) for x in xs]
 
     def forward(self, x, path=None):
-        """Images (B, 3, H, W) -> features (B, D) of the largest network, or of the sub-net of `path`, for inference."""
+        """Images (B, 3, H, W) -> features (B, D) of the largest network, or of the sub-net of `path`, a path or a
+        size, for inference."""
         return self.streams([self.stem(x)], [path], "saved")[0]
 
     def walk(self, x, indices=None):
@@ -521,12 +549,20 @@ class SDRNet(ResNet):
     # -- one sub-net by itself
 
     def extract(self, path=None):
-        """The sub-net of `path` (None: the largest network) as a plain, dense ResNet in eval mode, equal outputs."""
-        stem = self.config["width"]
-        digits = [None] * STAGES if path is None else index_to_path(path_to_index(path, self.groups), self.groups)
-        widths = [stem * 2 ** s if d is None else self.sub_width(stem * 2 ** s) for s, d in enumerate(digits)]
-        net = ResNet(self.config["arch"], widths, stem, self.config["small_stem"]).to(self.conv1.weight)
-        net.config["path"] = None if path is None else list(digits)
+        """The sub-net of `path` (a path, a size, or None: the largest network) as a plain, dense ResNet in eval mode,
+        equal outputs."""
+        stem, digits, depths = self.config["width"], [None] * STAGES, None
+        sized = path is not None and isinstance(path[0], (tuple, list))
+        if sized:
+            digits = [tuple(pair) for pair in path]
+            if "sizes" not in self.config or len(digits) != STAGES or not all(d in choices for d, choices in zip(digits, self.sizes())):
+                raise InputError(f"size {digits} is not one of this network's")
+            widths, depths = [stem * 2 ** s * e // 8 for s, (_, e) in enumerate(digits)], [d for d, _ in digits]
+        else:
+            digits = digits if path is None else index_to_path(path_to_index(path, self.groups), self.groups)
+            widths = [stem * 2 ** s if d is None else self.sub_width(stem * 2 ** s) for s, d in enumerate(digits)]
+        net = ResNet(self.config["arch"], widths, stem, self.config["small_stem"], depths=depths).to(self.conv1.weight)
+        net.config["path"] = None if path is None or sized else list(digits)
 
         def copy(conv, bn, to_conv, to_bn, out, inp, slot):
             mean, var = bn.statistics(out, slot)
@@ -603,13 +639,13 @@ def network(content, path="checkpoint"):
     config, weights = content["config"], content.get("backbone")
     try:
         if not 0 < int(config.get("width", config.get("stem"))) <= 4096 or not 0 < config.get("groups", 1) <= 16 \
-                or not all(0 < w <= 32768 for w in config.get("widths", ())):
-            raise InputError("its widths or groups are out of range")
+                or not all(0 < w <= 32768 for w in config.get("widths", ())) or not all(0 < d <= 36 for d in config.get("depths", ())):
+            raise InputError("its widths, depths or groups are out of range")
         if content["kind"] == "subnet":
-            net = ResNet(config["arch"], config["widths"], config["stem"], config["small_stem"])
+            net = ResNet(config["arch"], config["widths"], config["stem"], config["small_stem"], depths=config.get("depths"))
             net.config["path"] = config["path"]
         else:
-            net = SDRNet(**{k: config[k] for k in ("arch", "width", "groups", "shared", "small_stem")})
+            net = SDRNet(**{k: config[k] for k in ("arch", "width", "groups", "shared", "small_stem")}, sizes=config.get("sizes"))
         if not all(bool(torch.isfinite(v).all()) for v in weights.values()):
             raise InputError("it holds weights that are not finite")
         net.load_state_dict(weights, strict=True)
