@@ -272,11 +272,11 @@ def candidates(pool, targets, m, taken, rows=2048):
             error.one_rank = True
             raise error
         column[torch.from_numpy(taken[start:start + rows]).to(device)] = -math.inf
-        bound = torch.add(front @ around.to(low).T, column)            # (T, rows)
+        bound = (front @ around.to(low).T).float().add_(column)        # (T, rows)
         bar = best[:, -1:] if start >= rows * world_size() else bound.topk(min(m, bound.shape[1]), 1).values[:, -1:]
-        row, place = (bound >= bar).nonzero(as_tuple=True)
-        found.append((row, place + start, bound[row, place]))
-        count += len(row)
+        hits = torch.from_numpy(np.flatnonzero((bound >= bar).cpu().numpy())).to(device)         # quicker than torch's nonzero
+        found.append((hits // bound.shape[1], hits % bound.shape[1] + start, bound.view(-1)[hits]))
+        count += len(hits)
         if count > len(targets) * m:
             best, index, found, count = *keep_best(best, index, found), [], 0
         Signals.poll()
@@ -291,8 +291,8 @@ def candidates(pool, targets, m, taken, rows=2048):
     if m == free:
         last[:] = -math.inf
     for a, i, bar in zip(exact, index.cpu().numpy(), last):
-        b = torch.from_numpy(np.ascontiguousarray(pool[i])).to(device, torch.float64)
-        cosine = (b * a).sum(1) / b.norm(dim=1).clamp(min=1e-12)
+        b = torch.from_numpy(pool[i]).to(device, torch.float64)
+        cosine = (b * a).sum(1) / (b * b).sum(1).sqrt().clamp(min=1e-12)
         certain = (cosine >= bar).cpu().numpy()
         i, cosine = i[certain], cosine.cpu().numpy()[certain]
         order = np.lexsort((i, -cosine))
