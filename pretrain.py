@@ -23,7 +23,8 @@ smallest (D blocks and E/8 of the channels in each stage) and a random one see t
 
 In:  --data      toy | a folder | a torchvision data set by name with --root
      --clusters  clusters.npy, int64 (N,), and clusters.json beside it, from cluster.py
-Out: <out>/simsiam.pt (byol.pt, mocov2.pt), sdrnet.pt or with --sizes datanet.pt (see sdrnet.py), the same name with .last.pt (to continue), .log.jsonl (each step)
+Out: <out>/simsiam.pt (byol.pt, mocov2.pt), sdrnet.pt or with --sizes datanet.pt (see sdrnet.py), the same name with
+     .last.pt (to continue), .log.jsonl (each step)
 
 Measured: the first two commands take 58 and 35 s on two CPU cores (AMD EPYC with bf16 units, torch 2.15): 1,405 and
 1,649 images a second. What comes out, and what does not, is in the README.
@@ -1327,12 +1328,9 @@ def fill_defaults(args, images):
     recipe = "toy" if args.data == "toy" else "small" if images.packed is not None else "large"
     if args.clusters and recipe == "toy":              # sub-nets start from the weights of SimSiam: less is enough
         args.epochs, args.lr, args.batch_size = args.epochs or 10.0, args.lr or 0.04, args.batch_size or 128
-    if args.objective == "byol":
-        args.tau, args.head = args.tau or (0.99 if recipe == "toy" else 0.996), args.head or (4096 if recipe == "large" else None)
-    if args.objective == "mocov2":
-        args.tau, args.temperature = args.tau or (0.99 if recipe == "toy" else 0.999), args.temperature or 0.2
-        args.queue = args.queue or (65536 if recipe == "large" else 4096)
-    for key, value in RECIPES[recipe].items():
+    tau = {} if args.objective == "simsiam" else {"tau": 0.99 if recipe == "toy" else 0.996 if args.objective == "byol" else 0.999}
+    own = {"simsiam": {}, "byol": {"head": 4096} if recipe == "large" else {}, "mocov2": {"temperature": 0.2, "queue": 65536 if recipe == "large" else 4096}}
+    for key, value in {**RECIPES[recipe], **tau, **own[args.objective]}.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.image_size is None:
@@ -1341,8 +1339,8 @@ def fill_defaults(args, images):
         args.lr = (0.03 if args.objective == "mocov2" else 0.05) * args.batch_size / 256
     if args.image_size < 8 or args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0 or args.subnets < 1:
         raise InputError("--image-size must be at least 8, --epochs, --lr and --subnets positive, --batch-size at least 2")
-    if not 0 <= (args.tau or 0) < 1 or (args.queue or 1) < 1 or (args.temperature or 1) <= 0:
-        raise InputError("--tau must lie in 0 .. 1, --queue and --temperature must be positive")
+    if not 0 <= (args.tau or 0) < 1 or min(1 if v is None else v for v in (args.queue, args.temperature)) <= 0:
+        raise InputError("--tau must be at least 0 and below 1, --queue and --temperature must be positive")
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size} does not divide among {world_size()} processes")
     if args.clusters and args.batch_size % (2 * args.subnets * world_size()):
@@ -1404,10 +1402,10 @@ def main():
     for task in tasks:
         task.train.pack(), task.test.pack()
     kind = "sdrnet" if clusters is not None else "datanet" if args.sizes else "simsiam"                 # byol.pt and mocov2.pt are of the same kind
-    alone = f"{args.objective}.pt"
-    final, last, older = (os.path.join(args.out, f"{alone[:-3] if kind == 'simsiam' else kind}{ending}.pt") for ending in ("", ".last", ".prev"))
-    if clusters is not None and args.init is None and os.path.exists(os.path.join(args.out, alone)):
-        args.init = os.path.join(args.out, alone)
+    name, alone = args.objective if kind == "simsiam" else kind, os.path.join(args.out, f"{args.objective}.pt")
+    final, last, older = (os.path.join(args.out, f"{name}{ending}.pt") for ending in ("", ".last", ".prev"))
+    if clusters is not None and args.init is None and os.path.exists(alone):
+        args.init = alone
     config = {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(args).items() if k not in NOT_COMPARED}
     config["images"] = images.fingerprint
     if clusters is not None:
@@ -1431,7 +1429,7 @@ def main():
         return
     model.to(device, memory_format=torch.channels_last)
     plan = Plan(len(images), args.batch_size, args.epochs, args.seed, clusters, groups, args.subnets, args.phases)
-    say(f"{os.path.basename(final)[:-3]}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
+    say(f"{name}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
         + (f", {groups ** 4} sub-nets of {net.sub_features / net.features:.3f} width, phases end at {plan.phase_ends}" if clusters is not None else "")
         + f"; {device.type}, {world_size()} process(es), {torch.get_num_threads()} threads")
     say("values in force: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v not in (None, [], False)))

@@ -358,8 +358,8 @@ class ResNet(nn.Module):
     """A plain ResNet-18/34/50 under torchvision's names, of any width: what `SDRNet.extract` returns.
 
     arch: resnet18, resnet34 or resnet50. widths: inner width of the four stages. stem: width of the stem.
-    small_stem: 3x3 stride 1 without pooling, for small images. depths: blocks of the stages (None: arch's). forward: images (B, 3, H, W) -> features
-    (B, D), the average over positions; D = widths[3], times 4 for resnet50.
+    small_stem: 3x3 stride 1 without pooling, for small images. depths: blocks of the stages (None: arch's).
+    forward: images (B, 3, H, W) -> features (B, D), the average over positions; D = widths[3], times 4 for resnet50.
     """
 
     def __init__(self, arch, widths, stem, small_stem=False, norm=nn.BatchNorm2d, depths=None):
@@ -479,6 +479,8 @@ class SDRNet(ResNet):
             if len(live) < len(digits):                # sizes that end here: set their output aside
                 done.update((place[i], xs[i]) for i in range(len(xs)) if i not in live)
                 xs, inps, digits, slots, place = ([items[i] for i in live] for items in (xs, inps, digits, slots, place))
+            if not live:
+                break
             layers = block.layers()
             inner = [self.cut(layers[0][0].out_channels, d) for d in digits]
             outs = [self.cut(layers[-1][0].out_channels, d) for d in digits]

@@ -159,6 +159,9 @@ def test_every_size_equals_its_extracted_network_and_costs_its_flops(arch, small
             with FlopCounterMode(display=False) as counter:
                 plain(x[:1])
             assert counter.get_total_flops() == flops(size)
+            twin = copy.deepcopy(net).double()
+            y = twin.streams([twin.stem(x.double(), "batch")] * 2, [size, size], "batch")[0]      # no stream lasts to the stage's end
+            assert close(y, twin.extract(size).train()(x.double()), 1e-6)
             together = net.stage(0, [net.stem(x)] * 2, [size[:1], None])
             assert close(together[0], net.stage(0, [net.stem(x)], [size[:1]])[0], 1e-6) and close(together[1], net.stage(0, [net.stem(x)], [None])[0], 1e-6)
         assert close(net(x, sizes[-1]), net(x), 1e-5) and len({flops(s) for s in sizes}) == len(set(sizes))
@@ -335,7 +338,8 @@ CASES = [
     (pretrain, ["--sizes", "1;4"], "two as in 1,4"),
     (pretrain, ["--tau", "0.9"], "--tau is not an option of --objective simsiam"),
     (pretrain, ["--objective", "byol", "--queue", "9"], "--queue is not an option"),
-    (pretrain, ["--objective", "mocov2", "--tau", "2"], "--tau must lie"),
+    (pretrain, ["--objective", "mocov2", "--queue", "0"], "must be positive"),
+    (pretrain, ["--objective", "mocov2", "--tau", "2"], "--tau must be at least 0"),
 ]
 
 
