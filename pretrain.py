@@ -19,15 +19,22 @@ alone, phase p = 1..4 also the g^p paths whose first 4-p digits are 0:
 
     torchrun pretrain.py --clusters runs/toy/clusters.npy --distill siamkd --phases 1,1,1,1,4 --shared 0.5 --out runs/paper --init runs/toy/simsiam.pt
 
+--objective replaces D and its target (see SDR): byol, the momentum copy of network and projector, for a sub-net along
+its own path; mocov2, the key of the largest network's momentum copy among those in a queue. --sizes D,E trains, with no
+clusters, nested networks of many sizes (DATA, see sdrnet.py) by the sandwich rule: each step the largest network, the
+smallest (D blocks and E/8 of the channels in each stage) and a random one see the same batch, with W_0's target for all.
+
 In:  --data      toy | a folder | a torchvision data set by name with --root
      --clusters  clusters.npy, int64 (N,), and clusters.json beside it, from cluster.py
-Out: <out>/simsiam.pt or sdrnet.pt (see sdrnet.py), the same name with .last.pt and .prev.pt (to continue: the
-     newest state and the one before), .log.jsonl (each step); bad_images.txt, the images that cannot be read, if any
+Out: <out>/simsiam.pt (byol.pt, mocov2.pt), sdrnet.pt or with --sizes datanet.pt (see sdrnet.py), the same name with
+     .last.pt and .prev.pt (to continue: the newest state and the one before), .log.jsonl (each step); bad_images.txt,
+     the images that cannot be read, if any
 
 Measured: the first two commands take 58 and 35 s on two CPU cores (AMD EPYC with bf16 units, torch 2.15): 1,405 and
 1,649 images a second. What comes out, and what does not, is in the README.
 """
 import argparse
+import copy
 import ctypes
 import functools
 import hashlib
@@ -879,16 +886,17 @@ def knn_score(train, test, task, k=20):
 # ---------------------------------------------------------------------------- the model that is trained
 
 class Head(nn.Module):
-    """An MLP: Linear, BatchNorm, ReLU, ..., Linear; last_norm: a BatchNorm without affine at the end (the projector's).
-    Takes (B, D) of the largest network or (B, m, D') of m sub-nets, whose channels of D are `cut`."""
+    """An MLP: Linear, BatchNorm, ReLU, ..., Linear; last_norm: a BatchNorm without affine at the end (the projector's);
+    norm=False: no BatchNorm at all; a single width: the identity. Takes (B, D) of the largest network or (B, m, D') of m
+    sub-nets, whose channels of D are `cut`."""
     shared_grad = True
 
-    def __init__(self, widths, last_norm):
+    def __init__(self, widths, last_norm=False, norm=True):
         super().__init__()
         count = len(widths) - 1
-        self.linears = nn.ModuleList(nn.Linear(a, b, bias=not last_norm and i == count - 1)
+        self.linears = nn.ModuleList(nn.Linear(a, b, bias=not norm or not last_norm and i == count - 1)
                                      for i, (a, b) in enumerate(zip(widths, widths[1:])))
-        self.norms = nn.ModuleList(BatchNorm(b, affine=i < count - 1) for i, b in enumerate(widths[1:]) if last_norm or i < count - 1)
+        self.norms = nn.ModuleList(BatchNorm(b, affine=i < count - 1) for i, b in enumerate(widths[1:]) if norm and (last_norm or i < count - 1))
 
     def forward(self, x, cut=None, mode="batch"):
         m = x.shape[1] if x.dim() == 3 else None
@@ -925,44 +933,111 @@ def spread(z):
 HEADS = ("projector", "predictor", "distiller")
 
 
+def make_heads(objective, features, layers, width):
+    """Projector, predictor h and second predictor q, as each paper has them, scaled to `width`."""
+    if objective == "simsiam":
+        widths, predictor = [features] + [width] * layers, [width, width // 4, width]
+        return Head(widths, last_norm=True), Head(predictor), Head(predictor)
+    out = min(width, 256 if objective == "byol" else 128)
+    if objective == "byol":
+        return Head([features, width, out]), Head([out, width, out]), Head([out, width, out])
+    return Head([features, width, out], norm=False), Head([out]), Head([out])
+
+
+def encode(net, projector, stem, paths=None, mode="batch"):
+    """z of the largest network (B, d), or of m paths or one size (B, m, d): stem outputs along them (`trunk`), projected."""
+    return projector(net.trunk(stem, paths, mode), None if paths is None else net.cut(net.features, [p[-1] for p in paths]), mode)
+
+
 class SDR(nn.Module):
     """Supernet, projector, predictor h, and the second predictor q of SiamKD; forward returns the loss of a step.
 
+    objective  target of p = h(z)                      distance
+    simsiam    z of the other view                     D
+    byol       z of the momentum network, same path    D, |p - z|^2 / 2 - 1 of unit vectors
+    mocov2     z of the largest momentum network       -log softmax of cosines / temperature: the target's among those
+               (h and q are the identity)              of the newest `queue` targets of the largest network
+    MoCo's loss is symmetrised, as in SimSiam's comparison. Keys are not shuffled over the processes: BatchNorm takes the
+    statistics of all of them.
     shared_grad: whether sub-nets' losses train what all paths share, or the individual groups and the heads only."""
 
-    def __init__(self, net, layers=2, width=512, distill="siamkd", kd_weight=1.0, shared_grad=True):
+    def __init__(self, net, layers=2, width=512, distill="siamkd", kd_weight=1.0, shared_grad=True,
+                 objective="simsiam", tau=0.996, queue=4096, temperature=0.2):
         super().__init__()
-        self.net, self.distill, self.kd_weight = net, distill, kd_weight
-        self.projector = Head([net.features] + [width] * layers, last_norm=True)
-        self.predictor = Head([width, width // 4, width], last_norm=False)
-        self.distiller = Head([width, width // 4, width], last_norm=False)
+        self.net, self.distill, self.kd_weight, self.objective, self.tau, self.temperature = net, distill, kd_weight, objective, tau, temperature
+        self.projector, self.predictor, self.distiller = make_heads(objective, net.features, layers, width)
+        self.target = None if objective == "simsiam" else copy.deepcopy(nn.ModuleList([net, self.projector])).requires_grad_(False)
+        self.distance = cosine_loss
+        if objective == "mocov2":
+            self.distance = self.contrast
+            self.register_buffer("queue", F.normalize(torch.randn(queue, self.projector.linears[-1].out_features), dim=1))
         for module in self.modules():
             if isinstance(module, (SDRNet, BatchNorm, Head)):
                 module.shared_grad = shared_grad
 
+    def contrast(self, q, k):
+        """Cross-entropy of finding for each q (B, d) its own key k (B, d) among those of the queue; of m networks
+        (B, m, d) -> (m,)."""
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = F.normalize(q.to(self.queue), dim=-1), F.normalize(k.detach().to(self.queue), dim=-1)
+            logits = torch.cat([(q * k).sum(-1, keepdim=True), q @ self.queue.T], -1) / self.temperature     # (B, ..., 1 + queue)
+            return -torch.log_softmax(logits, -1)[..., 0].mean(0)
+
+    @torch.no_grad()
+    def enqueue(self, z):
+        """Puts the keys z, rows [view 1; view 2] of all processes in the global batch's order, before the older ones."""
+        table = self.queue.new_zeros(world_size(), 2, len(z) // 2, z.shape[1])
+        table[rank() % world_size()] = F.normalize(z.to(self.queue), dim=1).unflatten(0, (2, -1))
+        self.queue = torch.cat([sdrnet.add_up(table).transpose(0, 1).flatten(0, 2), self.queue])[:len(self.queue)]
+
+    @torch.no_grad()
+    def follow(self, step, steps):
+        """Before each step: target <- tau target + (1 - tau) online, a copy at the first; BYOL's tau rises to 1."""
+        if self.target is not None:
+            tau = 1 - (1 - self.tau) * (0.5 * (1 + math.cos(math.pi * step / steps)) if self.objective == "byol" else 1)
+            torch._foreach_lerp_(list(self.target.parameters()), [*self.net.parameters(), *self.projector.parameters()], 1 - tau if step else 1.0)
+
+    @torch.no_grad()
+    def aim(self, x, paths=None, stem="batch", mode="batch"):
+        """z of the momentum network along paths; stem, mode: their BatchNorms' modes."""
+        net, projector = self.target
+        return encode(net, projector, net.stem(x, stem), paths, mode)
+
     def forward(self, x, sub_x=None, paths=()):
         """x: (2B, 3, S, S), view 1 then view 2 of the largest network's images. sub_x: (m 2b, 3, S, S), for each of the
-        m sub-nets view 1 then view 2 of its b images; paths: theirs. Returns the loss and a vector (4 + 2m,) of what to log:
-        loss of W_0, mean loss of the sub-nets, mean KD, std of W_0, then each sub-net's loss and each one's std."""
-        net, zero = self.net, x.new_zeros(())
-        z = self.projector(net.trunk(net.stem(x, "batch"), None, "batch"))
-        loss = own = symmetric(self.predictor(z), z)                             # L_ssl(D0; W0)
-        if not paths:
-            idle = sum(p.sum() for p in self.distiller.parameters()) * 0         # every parameter has a gradient, for DDP
-            return loss + idle, torch.stack([own.detach(), zero, zero, spread(z)])
-        s, m = net.stem(sub_x, "last"), len(paths)
-        s = s if net.shared_grad else s.detach()
-        z_i = self.projector(net.trunk(s, paths, "batch"), net.cut(net.features, [p[-1] for p in paths]))     # (2b, m, d)
-        each = symmetric(self.predictor(z_i), z_i)                               # (m,): L_ssl(D_i; W_i)
-        ssl, kd = each.mean(), zero
-        if self.distill != "none":
-            with torch.no_grad():                      # z_0 of the same images: what the largest network is right now
-                z_0 = self.projector(net.trunk(s, None, "last"), mode="last").unflatten(0, (m, -1)).transpose(0, 1)
-            kd = symmetric(self.distiller(z_i), z_0).mean() if self.distill == "siamkd" else F.mse_loss(z_i.float(), z_0.float())
-        if self.distill != "siamkd":
-            kd = kd + sum(p.sum() for p in self.distiller.parameters()) * 0
-        values = [torch.stack([own, ssl, kd, spread(z)]), each, spread(z_i)]
-        return loss + ssl + self.kd_weight * kd, torch.cat([v.detach() for v in values])
+        m sub-nets view 1 then view 2 of its b images; paths: theirs. Without sub_x, paths are sizes that see x as well.
+        Returns the loss and a vector (4 + 2m,) of what to log: loss of W_0, mean loss of the sub-nets, mean KD, std of W_0,
+        then each sub-net's loss and each one's std."""
+        net, m = self.net, len(paths)
+        stem = net.stem(x, "batch")
+        z = encode(net, self.projector, stem)
+        target = z if self.target is None else self.aim(x)
+        own = symmetric(self.predictor(z), target, self.distance)                # L_ssl(D0; W0)
+        kd = sum((p.sum() for p in self.distiller.parameters()), x.new_zeros(())) * 0              # every parameter has a gradient, for DDP
+        if self.objective == "mocov2":
+            new_keys = target.detach()
+        if m and sub_x is None:                        # sizes: the same batch and target
+            z_i = torch.cat([encode(net, self.projector, stem, [size]) for size in paths], 1)                       # (2B, m, d)
+            target = target[:, None].expand(-1, m, -1)
+        elif m:
+            s = net.stem(sub_x, "last")
+            s = s if net.shared_grad else s.detach()
+            z_i = encode(net, self.projector, s, paths)                          # (2b, m, d)
+            side = lambda rows: rows.unflatten(0, (m, -1)).transpose(0, 1)       # (m 2b, d) of the largest network -> (2b, m, d)
+            target = (z_i if self.target is None else self.aim(sub_x, paths, "last") if self.objective == "byol"
+                      else side(self.aim(sub_x, None, "last", "last")))
+            if self.distill != "none":
+                with torch.no_grad():                  # z_0 of the same images: what the largest network is right now
+                    z_0 = side(encode(net, self.projector, s, None, "last"))
+                kd = symmetric(self.distiller(z_i), z_0).mean() if self.distill == "siamkd" else kd + F.mse_loss(z_i.float(), z_0.float())
+        loss, values = own, [torch.stack([own, own * 0, kd, spread(z)])]
+        if m:
+            each = symmetric(self.predictor(z_i), target, self.distance)         # (m,): L_ssl(D_i; W_i)
+            values = [torch.stack([own, each.mean(), kd, spread(z)]), each, spread(z_i)]
+            loss = own + each.mean()
+        if self.objective == "mocov2":
+            self.enqueue(new_keys)
+        return loss + self.kd_weight * kd, torch.cat([v.detach() for v in values])
 
 
 @torch.no_grad()
@@ -1170,13 +1245,20 @@ def learning_rate(optimizer, base, step, steps):
 
 
 def make_optimizer(model, args):
-    """SGD; weight decay leaves BatchNorm and biases alone; the predictors keep a constant learning rate."""
+    """SGD; weight decay leaves BatchNorm and biases alone; SimSiam's predictors keep a constant learning rate."""
     groups = {}
     for name, p in model.named_parameters():
-        key = "predictor" in name or "distiller" in name, p.dim() > 1
-        groups.setdefault(key, []).append(p)
+        key = args.objective == "simsiam" and ("predictor" in name or "distiller" in name), p.dim() > 1
+        if p.requires_grad:                            # the momentum network follows without gradients
+            groups.setdefault(key, []).append(p)
     return torch.optim.SGD([{"params": ps, "constant": constant, "weight_decay": args.weight_decay if decay else 0.0}
                             for (constant, decay), ps in groups.items()], lr=args.lr, momentum=0.9)
+
+
+def sandwich(net, seed):
+    """DATA's rule: the smallest size and a random one, beside the largest network."""
+    rng, choices = np.random.default_rng(seed), net.sizes()
+    return [tuple(c[0] for c in choices), tuple(c[rng.integers(len(c))] for c in choices)]
 
 
 def agree(values, device):
@@ -1263,15 +1345,18 @@ def train(model, images, plan, args, device, paths, config, tasks):
         if subs and (step == 0 or not plan.phase(step - 1)):           # sub-nets enter: q starts as a copy of h
             model.distiller.load_state_dict(model.predictor.state_dict())
         rate = learning_rate(optimizer, args.lr, step, plan.steps)
+        model.follow(step, plan.steps)
+        along = sandwich(model.net, [args.seed, 4, step]) if args.sizes else [index_to_path(i, plan.groups) for i in subs]
         with autocast(device, args.amp):
-            loss, values = wrapped(x, sub_x, [index_to_path(i, plan.groups) for i in subs])
+            loss, values = wrapped(x, sub_x, along)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
         flags = (not torch.isfinite(loss), Signals.caught or 0, due(args.save_every, step, saved), len(images.bad) > len(images.listed))
         flags = torch.tensor([float(f) for f in flags]).to(loss)       # what all processes must agree on, before the weights change
         total, own, ssl, kd, std, *each, bad, stop, save, broken = agree(torch.cat([loss.detach()[None], values, flags]), device)
-        losses, stds = ({i: round(v, 4) for i, v in zip(subs, part)} for part in (each[:len(subs)], each[len(subs):]))     # {sub-net: its value}
+        names = [str(size) for size in along] if args.sizes else subs
+        losses, stds = ({i: round(v, 4) for i, v in zip(names, part)} for part in (each[:len(names)], each[len(names):]))  # {sub-net: its value}
         low = min(stds.values(), default=math.inf)
         if broken:
             images.share()
@@ -1281,11 +1366,11 @@ def train(model, images, plan, args, device, paths, config, tasks):
                              f"the last good state, if any, is in {paths[0]}: try a lower --lr")
         optimizer.step()
 
-        drawn = plan.batch + len(subs) * plan.rows
+        drawn = plan.batch + len(along) * (plan.batch if args.sizes else plan.rows)
         seen, log.images = seen + drawn, log.images + drawn
         line = {"step": step, "epoch": round((step + 1) * plan.batch / len(images), 3), "phase": plan.phase(step), "loss": total, "own": own, "std": std, "lr": rate}
-        if subs:
-            line.update(subnets=subs, ssl=ssl, kd=kd, std_sub=low)
+        if along:
+            line.update(subnets=along if args.sizes else subs, ssl=ssl, kd=kd, std_sub=low)
         log.show(line)
         if tasks and log.ends_epoch(step) and ((step + 1) // log.per_epoch % args.monitor_every == 0 or step + 1 == plan.steps):
             line["knn"] = monitor(model.net, tasks, args, device)
@@ -1337,7 +1422,7 @@ def parse(argv=None):
     group.add_argument("--image-size", type=int)
     group.add_argument("--blur", type=float, help="probability of blur in a view: 0.5, and 0 for small images")
     group.add_argument("--head", type=int, help="width of the projector")
-    group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: the simsiam.pt in --out")
+    group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: the simsiam.pt (byol.pt, mocov2.pt) in --out")
     group = parser.add_argument_group("SDR")
     group.add_argument("--clusters", help="clusters.npy of cluster.py; without it the largest network trains alone, which is SimSiam")
     group.add_argument("--groups", type=int, help="individual groups per stage; default: the fourth root of the number of clusters")
@@ -1348,6 +1433,12 @@ def parse(argv=None):
     group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="none", help="from the largest network; the paper's is siamkd")
     group.add_argument("--kd-weight", type=float, default=1.0, help="lambda")
     group.add_argument("--phases", default="0,0,0,0,1", help="shares of the epochs: largest network alone, then g, g^2, g^3, g^4 sub-nets; the paper's progressive training: 1,1,1,1,4")
+    group = parser.add_argument_group("neighbours of SDR over SimSiam")
+    group.add_argument("--objective", choices=("simsiam", "byol", "mocov2"), default="simsiam")
+    group.add_argument("--tau", type=float, help="momentum of the target: byol 0.996, mocov2 0.999, 0.99 for toy images")
+    group.add_argument("--queue", type=int, help="keys in mocov2's queue: 65536, 4096 for small images")
+    group.add_argument("--temperature", type=float, help="mocov2's T: 0.2")
+    group.add_argument("--sizes", help="D,E: also train nested networks, the smallest of D blocks and E/8 of the channels per stage, as in 1,4")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=float, help="of images drawn for the largest network")
     group.add_argument("--batch-size", type=int, help="B, over all processes")
@@ -1362,10 +1453,16 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     try:
         args.phases = tuple(float(p) for p in args.phases.split(","))
+        args.sizes = args.sizes and tuple(int(n) for n in args.sizes.split(","))
     except ValueError:
-        raise InputError("--phases takes five numbers as in 1,1,1,1,4") from None
+        raise InputError("--phases takes five numbers as in 1,1,1,1,4, --sizes two as in 1,4") from None
     if len(args.phases) != 5 or min(args.phases) < 0 or sum(args.phases) == 0:
         raise InputError("--phases takes five shares, none negative and not all 0")
+    if args.sizes and (len(args.sizes) != 2 or args.clusters):
+        raise InputError("--sizes takes two numbers, as in 1,4, and no --clusters: a network has sizes or paths")
+    wrong = [f"--{k}" for k, used in (("tau", ("byol", "mocov2")), ("queue", ("mocov2",)), ("temperature", ("mocov2",))) if getattr(args, k) is not None and args.objective not in used]
+    if wrong:
+        raise InputError(f"{wrong[0]} is not an option of --objective {args.objective}")
     return args
 
 
@@ -1403,15 +1500,19 @@ def fill_defaults(args, images):
     recipe = "toy" if args.data == "toy" else "small" if images.packed is not None else "large"
     if args.clusters and recipe == "toy":              # sub-nets start from the weights of SimSiam: less is enough
         args.epochs, args.lr = args.epochs or 5.0, args.lr or 0.04
-    for key, value in RECIPES[recipe].items():
+    tau = {} if args.objective == "simsiam" else {"tau": 0.99 if recipe == "toy" else 0.996 if args.objective == "byol" else 0.999}
+    own = {"simsiam": {}, "byol": {"head": 4096} if recipe == "large" else {}, "mocov2": {"temperature": 0.2, "queue": 65536 if recipe == "large" else 4096}}
+    for key, value in {**RECIPES[recipe], **tau, **own[args.objective]}.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.image_size is None:
         args.image_size = int(min(images.packed.shape[2:]))
     if recipe == "large" and args.lr == RECIPES["large"]["lr"]:
-        args.lr = 0.05 * args.batch_size / 256
+        args.lr = (0.03 if args.objective == "mocov2" else 0.05) * args.batch_size / 256
     if args.image_size < 8 or args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0 or args.subnets < 1:
         raise InputError("--image-size must be at least 8, --epochs, --lr and --subnets positive, --batch-size at least 2")
+    if not 0 <= (args.tau or 0) < 1 or min(1 if v is None else v for v in (args.queue, args.temperature)) <= 0:
+        raise InputError("--tau must be at least 0 and below 1, --queue and --temperature must be positive")
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size} does not divide among {world_size()} processes")
     args.sub_batch = args.sub_batch or 3 * args.batch_size
@@ -1474,17 +1575,18 @@ def main():
     tasks = open_tasks(args.monitor_task, args.seed)
     for task in tasks:
         task.train.pack(), task.test.pack()
-    kind = "simsiam" if clusters is None else "sdrnet"
-    final, last, older = (os.path.join(args.out, f"{kind}{ending}.pt") for ending in ("", ".last", ".prev"))
-    if clusters is not None and args.init is None and os.path.exists(os.path.join(args.out, "simsiam.pt")):
-        args.init = os.path.join(args.out, "simsiam.pt")
+    kind = "sdrnet" if clusters is not None else "datanet" if args.sizes else "simsiam"                 # byol.pt and mocov2.pt are of the same kind
+    name, alone = args.objective if kind == "simsiam" else kind, os.path.join(args.out, f"{args.objective}.pt")
+    final, last, older = (os.path.join(args.out, f"{name}{ending}.pt") for ending in ("", ".last", ".prev"))
+    if clusters is not None and args.init is None and os.path.exists(alone):
+        args.init = alone
     config = {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(args).items() if k not in NOT_COMPARED}
     config["images"] = images.fingerprint
     if clusters is not None:
         config["clusters_sha256"] = hashlib.sha256(clusters.tobytes()).hexdigest()
 
-    net = SDRNet(args.arch, args.width, args.groups, args.shared, args.small_stem)
-    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight, args.shared_grad)
+    net = SDRNet(args.arch, args.width, args.groups, args.shared, args.small_stem, args.sizes)
+    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight, args.shared_grad or bool(args.sizes), args.objective, args.tau, args.queue, args.temperature)
     if args.init not in (None, "none"):
         initial_weights(model, args.init, args)
     if rank() == 0:
@@ -1501,7 +1603,7 @@ def main():
         return
     model.to(device, memory_format=torch.channels_last)
     plan = Plan(len(images), args.batch_size, args.epochs, args.seed, clusters, groups, args.subnets, args.phases, args.sub_batch)
-    say(f"{kind}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
+    say(f"{name}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
         + (f", {groups ** 4} sub-nets of {net.sub_features / net.features:.3f} width, phases end at {plan.phase_ends}" if clusters is not None else "")
         + f"; {device.type}, {world_size()} process(es), {torch.get_num_threads()} threads")
     say("values in force: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v not in (None, [], False)))

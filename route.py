@@ -14,6 +14,10 @@ once, sub-tree by sub-tree, so that features of at most g^2 sub-nets exist at a 
     --search halving   every sub-net on an eighth of them, then the better half on twice as many, until they see all
     --search centroid  no labels: the images are assigned to clusters by the largest network; the largest share wins
 
+    --budget-gflops LO HI   DATA (CVPR 2022), on a datanet.pt of pretrain.py --sizes: --samples random sizes whose FLOPs
+                            lie in the window; the one whose embeddings of the task's unlabelled training images have
+                            the highest mean cosine to the largest network's is chosen
+
 In:  sdrnet.pt, tasks (--task NAME, repeatable): toy, toy:WORLD, a folder, or with --root one of aircraft caltech101
      cars cifar10 cifar100 dtd flowers food pets sun397 voc2007, each with its own split and metric
 Out: <out>/<task>/scores.npy       float32 (g^4,) leave-one-out scores in percent (nan: not scored on all images)
@@ -26,6 +30,8 @@ Out: <out>/<task>/scores.npy       float32 (g^4,) leave-one-out scores in percen
 Measured: 16 sub-nets of a ResNet-18 of width 16 at 32 px on 5,000 + 2,000 images: 24 s on one CPU core.
 """
 import argparse
+import functools
+import itertools
 import math
 import os
 import sys
@@ -36,7 +42,7 @@ import torch
 import torch.nn.functional as F
 
 import sdrnet
-from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, open_images,
+from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, make_heads, open_images,
                       open_tasks, plain_input, rank, run, save_array, save_json, say, score, start, torchvision_listing)
 from sdrnet import InputError, index_to_path, world_size
 
@@ -221,6 +227,111 @@ def search_centroid(features, content):
     return 100 * np.bincount((f @ content["centroids"].T).argmax(1), minlength=len(content["centroids"])) / len(f)
 
 
+# ---------------------------------------------------------------------------- DATA: search over sizes
+
+@functools.cache
+def flops_of_sizes(net, size):
+    """A function: size -> FLOPs of its extracted network on one image of size x size, by torch's counter (two per
+    multiply-add; BatchNorm and ReLU are not counted).
+
+    A stage costs what its width and that of the stage before make it: the networks of widths x, y, x, y (eighths)
+    have every pair of them in every stage, and the counter counts each block."""
+    from torch.utils.flop_counter import FlopCounterMode
+    table, choices, config = {}, net.sizes(), net.config
+    eighths = sorted({e for _, e in choices[0]})
+    for x, y in itertools.product(eighths, repeat=2):
+        widths = [config["width"] * 2 ** s * e // 8 for s, e in enumerate((x, y, x, y))]
+        with torch.device("meta"):
+            plain, image = sdrnet.ResNet(config["arch"], widths, config["width"], config["small_stem"]).eval(), torch.empty(1, 3, size, size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            plain(image)
+        count = {name: sum(operators.values()) for name, operators in counter.get_flop_counts().items()}
+        for s, (before, own) in enumerate(((8, x), (x, y), (y, x), (x, y))):
+            table[s, before, own] = np.cumsum([count[f"ResNet.layer{s + 1}.{i}"] for i in range(choices[s][-1][0])])
+    stem = count["ResNet.conv1"]
+    return lambda size: stem + sum(int(table[s, before, e][d - 1]) for s, (before, (d, e)) in enumerate(zip((8, *(e for _, e in size)), size)))
+
+
+def sizes_in_window(net, size, low, high, samples, seed):
+    """[(FLOPs, size)] of at most `samples` random sizes with low <= FLOPs <= high, fewest first. Raises InputError."""
+    flops = flops_of_sizes(net, size)
+    inside = [(f, s) for s in itertools.product(*net.sizes()) for f in [flops(s)] if low <= f <= high]
+    if not inside:
+        least, most = (flops(tuple(c[i] for c in net.sizes())) / 1e9 for i in (0, -1))
+        raise InputError(f"--budget-gflops {low / 1e9:g} {high / 1e9:g}: no network has so many; they have {least:.4g} to {most:.4g} GFLOPs at {size} px")
+    chosen = np.random.default_rng([seed, 5]).permutation(len(inside))[:samples]
+    return sorted(inside[i] for i in chosen)
+
+
+@torch.no_grad()
+def measured(plain, pixels, device, batch=256):
+    """A plain network whose BatchNorm statistics are those of these images: the average over batches."""
+    for module in plain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None                     # torch's word for a plain average
+    plain.to(device, memory_format=torch.channels_last).train()
+    for part in np.array_split(np.random.default_rng(0).permutation(len(pixels)), math.ceil(len(pixels) / batch)):
+        plain(plain_input(pixels[torch.from_numpy(part)], device))
+        Signals.poll()
+    return plain.eval()
+
+
+@torch.no_grad()
+def plain_features(net, pixels, device, amp, batch=256):
+    """Features float32 (N, D) of a plain network, all on this process (`embed` would share the images out)."""
+    parts = []
+    for part in pixels.split(batch):
+        with autocast(device, amp):
+            parts.append(net(plain_input(part, device)).float().cpu())
+        Signals.poll()
+    return torch.cat(parts)
+
+
+def similarity(projector, f, f0, cut):
+    """Mean cosine of the embeddings of the same images: features f (N, d) of a size and f0 (N, D) of the largest network,
+    through the projector of the pre-training, normalised over these images; cut: the size's channels among the D."""
+    with torch.no_grad():
+        z, z0 = projector(f[:, None], cut, "collect")[:, 0], projector(f0, None, "collect")    # each process measures other sizes: no common statistics
+    return F.cosine_similarity(z, z0).mean().item()
+
+
+def search_sizes(net, content, task, args, device):
+    """One task: samples sizes in the window, scores each without labels, prints the front, exports the best. Every
+    network's statistics are measured on the task's training images. Returns result.json's content."""
+    began, origin = time.time(), content["origin"]["config"]
+    projector = make_heads(origin["objective"], net.features, origin["layers"], origin["head"])[0]
+    projector.load_state_dict(content["heads"]["projector"])
+    inside = sizes_in_window(net, content["config"]["image_size"], *(g * 1e9 for g in args.budget_gflops), args.samples, args.seed)
+
+    def look(size):
+        plain = measured(net.extract(size), task.train.packed, device)
+        train, test = (plain_features(plain, part.packed, device, args.amp) for part in (task.train, task.test))
+        return plain, train, loo_score(train, task, args.k), knn_score(train, test, task, args.k)
+    _, f0, *largest = look(None)
+    table = np.zeros((len(inside), 3))                 # similarity, leave-one-out and test score of each
+    for i, (_, size) in enumerate(inside):
+        if i % world_size() == rank():
+            _, f, *scores = look(size)
+            table[i] = similarity(projector, f, f0, net.cut(net.features, [size[-1]])), *scores
+            say(f"\r  {task.name}: size {i + 1} of {len(inside)}, {time.time() - began:.0f} s", end="")
+    say()
+    table = add_up(table, device)
+    chosen, best = int(table[:, 0].argmax()), int(table[:, 2].argmax())
+    about = lambda i: {"size": inside[i][1], "gflops": inside[i][0] / 1e9, "similarity": table[i, 0], "train": table[i, 1], "test": table[i, 2]}
+    result = {"task": task.name, "metric": task.metric, "search": "sizes", "budget_gflops": args.budget_gflops, "chosen": about(chosen), "best": about(best),
+              "largest": {"gflops": flops_of_sizes(net, content["config"]["image_size"])(tuple(c[-1] for c in net.sizes())) / 1e9, "train": largest[0], "test": largest[1]},
+              "sampled": [about(i) for i in range(len(inside))], "gain": table[chosen, 2] - largest[1], "seconds": round(time.time() - began, 2)}
+    say(f"  the front: {'GFLOPs':>10} {'similarity':>11} {'leave-one-out':>14} {'test':>8}   (depth, eighths) of each stage")
+    for i in [i for i in range(len(inside)) if i == 0 or table[i, 0] > table[:i, 0].max()]:
+        say(f"  {inside[i][0] / 1e9:21.4f} {table[i, 0]:11.4f} {table[i, 1]:14.2f} {table[i, 2]:8.2f}   {inside[i][1]}" + ("  <- chosen" if i == chosen else ""))
+    say(f"  largest network {result['largest']['gflops']:5.4f} {1:11.4f} {largest[0]:14.2f} {largest[1]:8.2f}\n  best of the {len(inside)} sampled by test score: {table[best, 2]:.2f} %")
+    if rank() == 0:
+        write_subnet(look(inside[chosen][1])[0].cpu(), content, task.name, {"size": [list(pair) for pair in inside[chosen][1]]}, args)
+        save_json(os.path.join(args.out, task.name, "result.json"), result)
+    return result
+
+
 # ---------------------------------------------------------------------------- linear probe
 
 def logistic_fit(x, y, decay, start=None, tolerance=1e-4, iterations=1000):
@@ -380,15 +491,8 @@ def report(result, scores, tests, net):
 
 def write(net, content, result, scores, tests, args):
     """The task's folder of files."""
-    folder = os.path.join(args.out, result["task"])
-    os.makedirs(folder, exist_ok=True)
-    path = lambda name: os.path.join(folder, name)
-    plain = net.extract(result["chosen"]["path"]).cpu()
-    out = sdrnet.checkpoint(plain, "subnet", origin={"checkpoint": args.checkpoint, "index": result["chosen"]["index"], "task": result["task"]})
-    out["config"]["image_size"] = content["config"]["image_size"]
-    sdrnet.save(path("subnet.pt"), out)
-    if args.export:
-        export(plain, content["config"]["image_size"], path("subnet.pt2"))
+    path = lambda name: os.path.join(args.out, result["task"], name)
+    write_subnet(net.extract(result["chosen"]["path"]).cpu(), content, result["task"], {"index": result["chosen"]["index"]}, args)
     save_array(path("scores.npy"), scores.astype(np.float32))
     save_array(path("test_scores.npy"), tests.astype(np.float32))
     if np.isfinite(scores).sum() > 1:
@@ -399,6 +503,17 @@ def write(net, content, result, scores, tests, args):
         members = np.random.default_rng(0).permutation(members)[:48]
         contact_sheet(images, [members[a:a + 12] for a in range(0, len(members), 12)], path("cluster.png"))
     save_json(path("result.json"), result)
+
+
+def write_subnet(plain, content, task, which, args):
+    """subnet.pt of a plain network, and subnet.pt2 with --export, in the task's folder."""
+    path = lambda name: os.path.join(args.out, task, name)
+    os.makedirs(path(""), exist_ok=True)
+    out = sdrnet.checkpoint(plain, "subnet", origin={"checkpoint": args.checkpoint, "task": task, **which})
+    out["config"]["image_size"] = content["config"]["image_size"]
+    sdrnet.save(path("subnet.pt"), out)
+    if args.export:
+        export(plain, content["config"]["image_size"], path("subnet.pt2"))
 
 
 def summary(results, names, out):
@@ -420,7 +535,7 @@ def summary(results, names, out):
 def parse(argv=None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("--checkpoint", help="sdrnet.pt; default: the one in --out")
+    group.add_argument("--checkpoint", help="sdrnet.pt, or datanet.pt with --budget-gflops; default: the one in --out")
     group.add_argument("--task", action="append", help="toy, toy:WORLD, a folder, or one of the eleven by name; repeatable; default toy")
     group.add_argument("--root", help="where torchvision's data sets lie")
     group.add_argument("--download", action="store_true", help="let torchvision download what is missing")
@@ -429,6 +544,8 @@ def parse(argv=None):
     group.add_argument("--clusters", help="clusters.npy, likewise; default: the one in --out")
     group = parser.add_argument_group("how")
     group.add_argument("--search", choices=("all", "halving", "centroid"), default="all")
+    group.add_argument("--budget-gflops", type=float, nargs=2, metavar=("LO", "HI"), help="search sizes instead: DATA, see above")
+    group.add_argument("--samples", type=int, default=40, help="sizes that --budget-gflops scores")
     group.add_argument("--k", type=int, default=20, help="neighbours that vote")
     group.add_argument("--max-images", type=int, default=5000, help="of a task's train and of its test part, each class alike")
     group.add_argument("--probe", action="store_true", help="linear probe of the chosen sub-net, the largest network and SimSiam")
@@ -436,8 +553,8 @@ def parse(argv=None):
     group.add_argument("--workers", type=int, default=min(8, CORES))
     common_options(parser)
     args = parser.parse_args(argv)
-    if args.k < 1 or args.max_images < 2:
-        raise InputError("--k must be at least 1, --max-images at least 2")
+    if args.k < 1 or args.max_images < 2 or args.samples < 1:
+        raise InputError("--k and --samples must be at least 1, --max-images at least 2")
     return args
 
 
@@ -454,8 +571,10 @@ def shown_clusters(args, content):
 def main():
     args = parse()
     device = start(args)
-    args.checkpoint = args.checkpoint or os.path.join(args.out, "sdrnet.pt")
-    content = sdrnet.load(args.checkpoint, ("sdrnet",))
+    args.checkpoint = args.checkpoint or os.path.join(args.out, "datanet.pt" if args.budget_gflops else "sdrnet.pt")
+    content = sdrnet.load(args.checkpoint, None if args.budget_gflops else ("sdrnet",))
+    if args.budget_gflops and content["kind"] != "datanet":
+        raise InputError(f"{args.checkpoint} was trained without sizes: pretrain.py --sizes 1,4 makes a datanet.pt to search")
     size = content["config"]["image_size"]
     net = sdrnet.network(content, args.checkpoint).to(device, memory_format=torch.channels_last)
     others = {"largest": net}
@@ -469,6 +588,10 @@ def main():
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise InputError(f"two tasks are named {max(names, key=names.count)}, and each gets a folder of its name in --out: rename one")
+    if args.budget_gflops:
+        sizes_in_window(net, size, *(g * 1e9 for g in args.budget_gflops), 1, 0)       # a window without a network ends here
+        say(f"{args.checkpoint}: sizes of {net.config['arch']} width {net.config['width']} within {args.budget_gflops} GFLOPs; {len(tasks)} task(s)")
+        return summary([search_sizes(net, content, decoded(task, size, args.max_images, args.workers), args, device) for task in tasks], ["largest"], args.out)
     args.clusters_shown = shown_clusters(args, content)
     say(f"{args.checkpoint}: {net.groups ** 4} sub-nets of {net.config['arch']} width {net.config['width']}; {len(tasks)} task(s), --search {args.search}")
     results = []

@@ -29,6 +29,11 @@ network's batch; each sub-net's batch) is normalised by its own statistics over 
 statistics belong to the PREFIX of a path: stage s has g^s sets, so that all sub-nets can be run as a tree
 (`walk`), each prefix once. They are measured after training (`collect`, then `finish_statistics`).
 
+Sizes (DATA, CVPR 2022) are the other way to share weights: with sizes=(d, e) the network holds, in place of paths,
+nested networks of many sizes. A size is a (depth, eighths) per stage: the first `depth` blocks and the first `eighths`/8
+of the channels, from (d, e) to everything. It goes wherever a path goes: net(images, size), net.extract(size). Its
+statistics for inference are slices of the largest network's, which do not suit it: measure an extracted one's anew.
+
     net = SDRNet("resnet18", width=64, groups=4)      # 256 sub-nets
     f0 = net(images)                                  # (B, 512) the largest network
     fi = net(images, path=(1, 0, 3, 2))               # (B, 320) one sub-net
@@ -246,10 +251,12 @@ class BatchNorm(nn.BatchNorm2d):
         return [cut_weight(p, cut, None, self.shared_grad).flatten() for p in (self.weight, self.bias)]
 
     def statistics(self, cut=None, slots=None, mode="saved"):
-        """(mean, variance) that do not depend on the batch: of the largest network (slots None), or of prefixes' slots."""
+        """(mean, variance) that do not depend on the batch: of the largest network (slots None), sliced for a size, or of
+        prefixes' slots."""
         if mode == "last":
             return self.last
-        return (self.running_mean, self.running_var) if slots is None else (self.path_mean[slots].flatten(), self.path_var[slots].flatten())
+        both = (self.running_mean, self.running_var) if slots is None else (self.path_mean[slots].flatten(), self.path_var[slots].flatten())
+        return both if slots is not None or cut is None else tuple(take(s, cut).flatten() for s in both)
 
     def forward(self, x, cut=None, slots=None, mode="batch", m=None):
         """x: (B, C, ...) of the largest network, or (B, m * C', ...) of m paths whose channels are `cut` (None: all) and
@@ -340,15 +347,15 @@ class ResNet(nn.Module):
     """A plain ResNet-18/34/50 under torchvision's names, of any width: what `SDRNet.extract` returns.
 
     arch: resnet18, resnet34 or resnet50. widths: inner width of the four stages. stem: width of the stem.
-    small_stem: 3x3 stride 1 without pooling, for small images. forward: images (B, 3, H, W) -> features
-    (B, D), the average over positions; D = widths[3], times 4 for resnet50.
+    small_stem: 3x3 stride 1 without pooling, for small images. depths: blocks of the stages (None: arch's).
+    forward: images (B, 3, H, W) -> features (B, D), the average over positions; D = widths[3], times 4 for resnet50.
     """
 
-    def __init__(self, arch, widths, stem, small_stem=False, norm=nn.BatchNorm2d):
+    def __init__(self, arch, widths, stem, small_stem=False, norm=nn.BatchNorm2d, depths=None):
         super().__init__()
-        bottleneck, depths = ARCHS[arch]
+        bottleneck, depths = ARCHS[arch][0], depths or ARCHS[arch][1]
         self.expansion = 4 if bottleneck else 1
-        self.config = {"arch": arch, "widths": list(widths), "stem": stem, "small_stem": small_stem}
+        self.config = {"arch": arch, "widths": list(widths), "stem": stem, "small_stem": small_stem, "depths": list(depths)}
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False) if small_stem else nn.Conv2d(3, stem, 7, 2, 3, bias=False)
         self.bn1 = norm(stem)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
@@ -385,17 +392,20 @@ class SDRNet(ResNet):
     """
     shared_grad = True
 
-    def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False):
+    def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False, sizes=None):
         self.groups, self.shared, self.width = groups, shared, width
         if arch not in ARCHS:
             raise InputError(f"arch {arch!r} is not one of {', '.join(ARCHS)}")
         if not (0 <= shared < 1 and groups >= 1 and int(width * (1 - shared) / groups) >= 1):
             raise InputError(f"width {width} cannot be split into a shared part of {shared} and {groups} groups of at least 1 channel")
+        if sizes and not (1 <= sizes[0] <= min(ARCHS[arch][1]) and 1 <= sizes[1] <= 8 and width % 8 == 0):
+            raise InputError(f"{arch} of width {width} has no sizes from {sizes[0]} block(s) and {sizes[1]} eighths of the channels on: "
+                             f"at most {min(ARCHS[arch][1])} and 8, of a width that 8 divides")
 
         def norm(channels, stage=None):                # the stem (stage None) has one set of statistics
             return BatchNorm(channels, groups=None if stage is None else (groups ** (stage + 1), self.sub_width(channels)))
         super().__init__(arch, [width * 2 ** s for s in range(STAGES)], width, small_stem, norm)
-        self.config = {"arch": arch, "width": width, "groups": groups, "shared": shared, "small_stem": small_stem}
+        self.config = {"arch": arch, "width": width, "groups": groups, "shared": shared, "small_stem": small_stem, **({"sizes": list(sizes)} if sizes else {})}
         self.sub_features = self.sub_width(self.features)
 
     # -- which channels
@@ -411,8 +421,18 @@ class SDRNet(ResNet):
         return sum(self.split(channels))
 
     def cut(self, channels, digits):
-        """The channels of a stage that paths with these digits there use (None: the largest network); see `take`."""
-        return None if digits is None else (*self.split(channels), tuple(int(d) for d in digits))
+        """The channels of a stage that paths with these digits there use, or one size with [(depth, eighths)] there
+        (None: the largest network); see `take`."""
+        if digits is None:
+            return None
+        if isinstance(digits[0], tuple):
+            return channels * digits[0][1] // 8, 0, (0,)
+        return (*self.split(channels), tuple(int(d) for d in digits))
+
+    def sizes(self):
+        """The (depth, eighths) that each stage may have, smallest first; any may follow any."""
+        least, eighths = self.config["sizes"]
+        return [[(d, e) for d in range(least, depth + 1) for e in range(eighths, 9)] for depth in ARCHS[self.config["arch"]][1]]
 
     # -- forward
 
@@ -433,11 +453,15 @@ class SDRNet(ResNet):
 
     def stage(self, s, x, prefixes=None, mode="saved"):
         """Stage s (0 to 3) of the largest network, x (B, C, H, W), or of m paths side by side, x (B, m * C', H, W).
-        prefixes: the first s+1 digits of each path. Returns a tensor like x."""
+        prefixes: the first s+1 digits of each path, or [as many pairs of one size]. Returns a tensor like x."""
         slots, digits, inp = None, None, None
         blocks = self.stages()[s]
         if prefixes is not None:
-            slots, digits = [prefix_slot(p, self.groups) for p in prefixes], [p[s] for p in prefixes]
+            digits = [p[s] for p in prefixes]
+            if isinstance(digits[0], tuple):
+                blocks = blocks[:digits[0][0]]
+            else:
+                slots = [prefix_slot(p, self.groups) for p in prefixes]
             inp = None if s == 0 else self.cut(blocks[0].conv1.in_channels, [p[s - 1] for p in prefixes])
         for block in blocks:
             y, cut = x, inp
@@ -462,7 +486,8 @@ class SDRNet(ResNet):
         return f if paths is None else f.unflatten(1, (len(paths), -1))
 
     def forward(self, x, path=None):
-        """Images (B, 3, H, W) -> features (B, D) of the largest network, or of the sub-net of `path`, for inference."""
+        """Images (B, 3, H, W) -> features (B, D) of the largest network, or of the sub-net of `path`, a path or a size,
+        for inference."""
         return self.trunk(self.stem(x)) if path is None else self.trunk(self.stem(x), [path])[:, 0]
 
     def walk(self, x, indices=None):
@@ -508,12 +533,20 @@ class SDRNet(ResNet):
     # -- one sub-net by itself
 
     def extract(self, path=None):
-        """The sub-net of `path` (None: the largest network) as a plain, dense ResNet in eval mode, equal outputs."""
-        stem = self.config["width"]
-        digits = [None] * STAGES if path is None else [[d] for d in index_to_path(path_to_index(path, self.groups), self.groups)]
-        widths = [stem * 2 ** s if path is None else self.sub_width(stem * 2 ** s) for s in range(STAGES)]
-        net = ResNet(self.config["arch"], widths, stem, self.config["small_stem"]).to(self.conv1.weight)
-        net.config["path"] = None if path is None else [d for d, in digits]
+        """The sub-net of `path` (a path, a size, or None: the largest network) as a plain, dense ResNet in eval mode,
+        equal outputs."""
+        stem, digits, depths = self.config["width"], [None] * STAGES, None
+        widths, sized = [stem * 2 ** s for s in range(STAGES)], path is not None and isinstance(path[0], (tuple, list))
+        if sized:
+            digits = [[tuple(pair)] for pair in path]
+            if "sizes" not in self.config or len(digits) != STAGES or not all(d in choices for (d,), choices in zip(digits, self.sizes())):
+                raise InputError(f"size {[d for d, in digits]} is not one of this network's")
+            widths, depths = [w * e // 8 for w, ((_, e),) in zip(widths, digits)], [depth for (depth, _), in digits]
+        elif path is not None:
+            digits = [[d] for d in index_to_path(path_to_index(path, self.groups), self.groups)]
+            widths = [self.sub_width(w) for w in widths]
+        net = ResNet(self.config["arch"], widths, stem, self.config["small_stem"], depths=depths).to(self.conv1.weight)
+        net.config["path"] = None if path is None or sized else [d for d, in digits]
 
         def copy(conv, bn, to_conv, to_bn, out, inp, slots):
             to_conv.weight.copy_(cut_weight(conv.weight, out, inp).flatten(0, -4))
@@ -524,7 +557,7 @@ class SDRNet(ResNet):
             copy(self.conv1, self.bn1, net.conv1, net.bn1, None, None, None)
             inp = None
             for s, (blocks, plain) in enumerate(zip(self.stages(), net.stages())):
-                slots = None if path is None else [prefix_slot([d for d, in digits[:s + 1]], self.groups)]
+                slots = None if path is None or sized else [prefix_slot([d for d, in digits[:s + 1]], self.groups)]
                 for block, to in zip(blocks, plain):
                     entry = inp
                     for (conv, bn), (to_conv, to_bn) in zip(block.layers(), to.layers()):
@@ -629,12 +662,13 @@ def network(content, path="checkpoint"):
 
     def make():
         if content["kind"] == "subnet":
-            return ResNet(config["arch"], config["widths"], config["stem"], config["small_stem"])
-        return SDRNet(**{k: config[k] for k in ("arch", "width", "groups", "shared", "small_stem")})
+            return ResNet(config["arch"], config["widths"], config["stem"], config["small_stem"], depths=config.get("depths"))
+        return SDRNet(**{k: config[k] for k in ("arch", "width", "groups", "shared", "small_stem")}, sizes=config.get("sizes"))
     try:
         if not 0 < int(config.get("width", config.get("stem"))) <= 4096 or not 0 < config.get("groups", 1) <= 16 \
-                or not all(0 < w <= 32768 for w in config.get("widths", ())) or not 8 <= config.get("image_size", 8) + 0 <= 8192:
-            raise InputError("its widths, groups or image size are out of range")
+                or not all(0 < w <= 32768 for w in config.get("widths", ())) or not all(0 < d <= 36 for d in config.get("depths", ())) \
+                or not 8 <= config.get("image_size", 8) + 0 <= 8192:
+            raise InputError("its widths, depths, groups or image size are out of range")
         with torch.device("meta"):                     # before any memory is taken for what a file only claims to hold
             shapes = {k: v.shape for k, v in make().state_dict().items()}
         wrong = [k for k in sorted(set(shapes) | set(weights)) if k not in weights or shapes.get(k) != weights[k].shape]

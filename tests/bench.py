@@ -379,6 +379,37 @@ def clustering_large():
     return memory / 1024, {"seconds": time.perf_counter() - began, "epochs": 2, "marginal_error": result["marginal_error"]}
 
 
+@row("retrieval, 20,000 of 200,000 x 512 for 2,000 targets / faiss IndexFlatIP, time", 1.0)
+def retrieval():
+    """Both from raw features; faiss finds the neighbours (as many per target as ours considers), ours also shares them out."""
+    try:
+        import faiss
+    except ImportError:
+        return None, "faiss is not installed"
+    rng, lengths, plain = np.random.default_rng(0), [], cluster.candidates
+    pool = rng.normal(size=(400, 512)).astype(np.float32)[rng.integers(0, 400, 200_000)] + 1.2 * rng.normal(size=(200_000, 512)).astype(np.float32)
+    targets = pool[rng.integers(0, len(pool), 2000)] + 0.3 * rng.normal(size=(2000, 512)).astype(np.float32)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def counted(pool, targets, m, taken):
+        lengths.append(m)
+        return plain(pool, targets, m, taken)
+
+    def ours():
+        cluster.candidates = counted
+        cluster.retrieve(pool, torch.from_numpy(targets), 20_000)
+        cluster.candidates = plain
+
+    def theirs():
+        unit, queries = pool.copy(), targets.copy()
+        faiss.normalize_L2(unit), faiss.normalize_L2(queries)
+        index = faiss.IndexFlatIP(512)
+        index.add(unit)
+        index.search(queries, lengths[0])
+    a, b = paired(ours, theirs, 3)
+    return a / b, {"ours_s": a, "faiss_s": b, "neighbours": lengths[0], "passes": len(lengths) / 4, "memory_mb": peak_memory(ours), "bf16": pretrain.computes_in_bf16("cpu")}
+
+
 # ---------------------------------------------------------------------------- routing
 
 def random_task(train, test, size, classes=8):
