@@ -364,10 +364,10 @@ def same_pixels(images, targets, size, workers):
     return same
 
 
-def sept(args, array, images, net, size, device):
+def sept(args, array, images, targets, net, size, device):
     """--retrieve: from features (N, D) to subset.npy and the contact sheet."""
-    began, targets = time.time(), target_images(args.retrieve, args.seed).pack()
-    taken, f = np.zeros(len(array), bool), embed(net, targets, size=size, device=device, amp=args.amp, workers=args.workers)
+    began, taken = time.time(), np.zeros(len(array), bool)
+    f = embed(net, targets, size=size, device=device, amp=args.amp, workers=args.workers)
     if f.shape[1] != array.shape[1]:
         raise InputError(f"{args.features} has {array.shape[1]} features an image and the checkpoint's network {f.shape[1]}: name the one that made them with --checkpoint")
     if args.drop_duplicates:
@@ -375,8 +375,8 @@ def sept(args, array, images, net, size, device):
             raise InputError("--drop-duplicates compares pixels: name the images of --features with --data")
         taken = sdrnet.add_up(same_pixels(images, targets, size, args.workers).to(device)).cpu().numpy() > 0
         say(f"{taken.sum():,} of the {len(images):,} images equal a target, pixel by pixel, and are left out")
-    if not 1 <= args.budget <= (~taken).sum():
-        raise InputError(f"--budget {args.budget}: there are {(~taken).sum():,} images to retrieve from")
+        if args.budget > (~taken).sum():
+            raise InputError(f"--budget {args.budget}: there are {(~taken).sum():,} images to retrieve from")
     claims, cosines = retrieve(array, f.to(device), args.budget, taken)
     say(f"{args.budget:,} of {len(array):,} images for {len(targets):,} targets of {args.retrieve}: mean cosine {cosines.mean():.4f}, least {cosines.min():.4f}; {time.time() - began:.1f} s")
     if rank() == 0:
@@ -435,13 +435,17 @@ def main():
         content = sdrnet.load(source, ("simsiam", "sdrnet"))
         net = sdrnet.network(content, source).to(device, memory_format=torch.channels_last)
     count = len(array) if args.features is not None else len(images)
-    if k > count and not args.retrieve:
+    if args.retrieve:
+        targets = target_images(args.retrieve, args.seed).pack()
+        if not 1 <= args.budget <= count:
+            raise InputError(f"--budget {args.budget}: there are {count:,} images to retrieve from")
+    elif k > count:
         raise InputError(f"--k {k} clusters cannot be made of {count} images")
     if args.features is None:
         say(f"features of {count:,} images by {source}")
         array = embed(net, images, size=content["config"]["image_size"], device=device, amp=args.amp, workers=args.workers).numpy()
     if args.retrieve:
-        return sept(args, array, images, net, content["config"]["image_size"], device)
+        return sept(args, array, images, targets, net, content["config"]["image_size"], device)
     clusters, centroids, mean, near, about = cluster(array, k, device, eps=args.eps, temperature=args.temperature, epochs=args.epochs, rate=args.rate,
                                                      seed=args.seed, balanced=args.balanced, order=args.order)
     if rank() == 0:

@@ -302,10 +302,14 @@ def test_search_over_sizes_chooses_by_similarity_and_exports(toy, tmp_path, monk
     net = sdrnet.load_network(str(toy / "datanet.pt"))
     flops = route.flops_of_sizes(net, 32)
     low, high = 0.4 * flops(((2, 8),) * 4) / 1e9, 0.6 * flops(((2, 8),) * 4) / 1e9
-    main(route, monkeypatch, "--out", tmp_path, "--checkpoint", toy / "datanet.pt", "--task", "toy:weaves", "--amp", "off", "--max-images", "64", "--samples", "3", "--budget-gflops", low, high)
+    arguments = ["--checkpoint", toy / "datanet.pt", "--task", "toy:weaves", "--amp", "off", "--max-images", "64", "--samples", "3", "--budget-gflops", low, high]
+    main(route, monkeypatch, "--out", tmp_path, *arguments)
     result = json.load(open(tmp_path / "toy-weaves" / "result.json"))
     assert len(result["sampled"]) == 3 and all(low <= s["gflops"] <= high for s in result["sampled"])
     assert result["chosen"]["similarity"] == max(s["similarity"] for s in result["sampled"]) and result["best"]["test"] == max(s["test"] for s in result["sampled"])
+    processes(os.path.join(ROOT, "route.py"), 2, "--out", tmp_path / "two", *arguments)
+    two = json.load(open(tmp_path / "two" / "toy-weaves" / "result.json"))
+    assert two["chosen"]["size"] == result["chosen"]["size"] and all(a["similarity"] == pytest.approx(b["similarity"], abs=1e-6) for a, b in zip(two["sampled"], result["sampled"]))
     plain = sdrnet.load_network(str(tmp_path / "toy-weaves" / "subnet.pt"), ("subnet",))
     task = pretrain.open_tasks(["toy:weaves"])[0]
     x = pretrain.plain_input(task.train.packed[route.stratified(task.train.labels, 64)], torch.device("cpu"))
