@@ -903,6 +903,7 @@ class Head(nn.Module):
         for i, linear in enumerate(self.linears):
             if cut is not None and i == 0:
                 x = torch.einsum("bmd,mhd->bmh", x, sdrnet.cut_weight(linear.weight, None, cut, self.shared_grad))
+                x = x if linear.bias is None else x + linear.bias
             else:
                 x = F.linear(x, linear.weight, linear.bias)
             if i < len(self.norms):

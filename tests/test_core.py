@@ -602,18 +602,18 @@ def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
         out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
         args = argparse.Namespace(device="cpu", seed=0)
         device = pretrain.start(args)
-        torch.manual_seed(0)
-        net = sdrnet.SDRNet("resnet18", 8, 2, 0.5, True)
+        torch.manual_seed(1)               # with seed 0 an activation lies within fp32's rounding of 0: its ReLU decides
+        net = sdrnet.SDRNet("resnet18", 8, 2, 0.5, True)       # otherwise, and gradients differ by 1e-3 (in float64 by 1e-14)
         model = pretrain.SDR(net, width=32).to(dtype).to(memory_format=torch.channels_last)
         for m in net.modules():
             if isinstance(m, sdrnet.BatchNorm): torch.nn.init.uniform_(m.weight, 0.5, 1.5)
         if sdrnet.world_size() > 1:
             for p in model.parameters(): dist.broadcast(p.data, 0)
-        images = pretrain.toy_listing(64, 0)
+        images = pretrain.toy_listing(64, 1)
         clusters = np.arange(64) % 16
         plan = pretrain.Plan(64, 32, 4, 0, clusters, 2, 2, (0, 0, 0, 0, 1))
         wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if sdrnet.world_size() > 1 else model
-        step, x, sub, subs = next(pretrain.training_batches(images, plan, 0, size=32, seed=0, device=device, workers=0))
+        step, x, sub, subs = next(pretrain.training_batches(images, plan, 0, size=32, seed=1, device=device, workers=0))
         loss, values = wrapped(x.to(dtype), sub.to(dtype), [sdrnet.index_to_path(i, 2) for i in subs])
         loss.backward()
         total = pretrain.agree(torch.stack([loss.detach(), *values[:3]]), device)
