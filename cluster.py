@@ -402,7 +402,7 @@ def parse(argv=None):
     group.add_argument("--k", type=int, default=None, help="number of clusters, g^4 for a later SDR; default: 16 for toy, else 256")
     group.add_argument("--eps", type=float, default=0.05, help="entropy's weight: small is hard, large is soft")
     group.add_argument("--temperature", type=float, default=1.0, help="T of the softmax of cosines; see learn()")
-    group.add_argument("--epochs", type=int, default=20, help="passes of SGD over the features")
+    group.add_argument("--epochs", type=int, help="passes of SGD over the features: 20, and 6 from 100,000 images on, where they did no worse")
     group.add_argument("--rate", type=float, default=1.0, help="learning rate, 1 being about a k-means step per block")
     group.add_argument("--balanced", action="store_true", help="assign by the posterior U, nearly equal sizes, instead of by S")
     group.add_argument("--order", choices=("tree", "none"), default="tree", help="tree: similar clusters share the first groups of their path")
@@ -421,7 +421,7 @@ def main():
     args = parse()
     device = start(args)
     k = args.k or (16 if args.data == "toy" else 256)
-    if k < 1 or args.eps <= 0 or args.temperature <= 0 or args.epochs < 1:
+    if k < 1 or args.eps <= 0 or args.temperature <= 0 or args.epochs is not None and args.epochs < 1:
         raise InputError("--k and --epochs must be at least 1, --eps and --temperature positive")
     images = None
     if args.features is None or args.data != "toy":
@@ -446,7 +446,7 @@ def main():
         array = embed(net, images, size=content["config"]["image_size"], device=device, amp=args.amp, workers=args.workers).numpy()
     if args.retrieve:
         return sept(args, array, images, targets, net, content["config"]["image_size"], device)
-    clusters, centroids, mean, near, about = cluster(array, k, device, eps=args.eps, temperature=args.temperature, epochs=args.epochs, rate=args.rate,
+    clusters, centroids, mean, near, about = cluster(array, k, device, eps=args.eps, temperature=args.temperature, epochs=args.epochs or (20 if count < 100_000 else 6), rate=args.rate,
                                                      seed=args.seed, balanced=args.balanced, order=args.order)
     if rank() == 0:
         os.makedirs(args.out, exist_ok=True)

@@ -491,7 +491,7 @@ def tiny(lab):
     clusters = np.arange(24) % 16
     np.save(lab.folder / "few.npy", np.arange(24)), np.save(lab.folder / "tiny.npy", clusters)
     out = lab.fresh()
-    status, _ = lab.run("pretrain.py", out, "--subset", lab.folder / "few.npy", *SMALL, "--clusters", lab.folder / "tiny.npy", "--epochs", "16")
+    status, _ = lab.run("pretrain.py", out, "--subset", lab.folder / "few.npy", *SMALL, "--clusters", lab.folder / "tiny.npy", "--phases", "0,0,0,0,1", "--epochs", "16")
     log = [json.loads(line) for line in open(out / "sdrnet.log.jsonl")]
     drawn = {int(np.bincount(clusters)[i]) for line in log for i in line["subnets"]}
     finite = all(np.isfinite([line["loss"], line["ssl"], line["kd"], line["std_sub"]]).all() for line in log)
