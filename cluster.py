@@ -211,7 +211,7 @@ def cluster(array, k, device, *, eps=0.05, temperature=1.0, epochs=20, rate=1.0,
     top = min(64, features.count)
     near_score = torch.full((k, top), -2.0, dtype=torch.float64, device=device)
     near = torch.zeros(k, top, dtype=torch.int64, device=device)
-    figures, fit = torch.zeros(2, dtype=torch.float64, device=device), 0.0
+    figures = torch.zeros(2, dtype=torch.float64, device=device)
     for b, s in enumerate(chunks()):
         rows = torch.from_numpy(np.arange(features.count)[features.rows(b)]).to(device)
         logu = posterior(s, v, eps)
@@ -265,19 +265,19 @@ def candidates(pool, targets, m, taken, rows=2048):
     rows, m = max(64, min(rows, ENTRIES // len(targets))), min(m, free)
     best, index = torch.full((len(targets), m), -math.inf, device=device), torch.zeros(len(targets), m, dtype=torch.int64, device=device)
     found, count = [], 0
-    for start in range(rank() * rows, len(pool), rows * world_size()):
-        b = F.normalize(torch.from_numpy(np.array(pool[start:start + rows], np.float32)).to(device))
+    for first in range(rank() * rows, len(pool), rows * world_size()):
+        b = F.normalize(torch.from_numpy(np.array(pool[first:first + rows], np.float32)).to(device))
         around = b - centre32
         column = b @ centre32 + slack * around.norm(dim=1) + 2e-6 + targets.shape[1] * 2.0 ** -24                     # ... and of b and <c, b>
         if not torch.isfinite(column).all():
             error = InputError("the features hold values that are not finite")
             error.one_rank = True
             raise error
-        column[torch.from_numpy(taken[start:start + rows]).to(device)] = -math.inf
+        column[torch.from_numpy(taken[first:first + rows]).to(device)] = -math.inf
         bound = (front @ around.to(low).T).float().add_(column)        # (T, rows)
-        bar = best[:, -1:] if start >= rows * world_size() else bound.topk(min(m, bound.shape[1]), 1).values[:, -1:]
+        bar = best[:, -1:] if first >= rows * world_size() else bound.topk(min(m, bound.shape[1]), 1).values[:, -1:]
         hits = torch.from_numpy(np.flatnonzero((bound >= bar).cpu().numpy())).to(device)         # quicker than torch's nonzero
-        found.append((hits // bound.shape[1], hits % bound.shape[1] + start, bound.view(-1)[hits]))
+        found.append((hits // bound.shape[1], hits % bound.shape[1] + first, bound.view(-1)[hits]))
         count += len(hits)
         if count >= len(targets) * m:
             best, index, found, count = *keep_best(best, index, found), [], 0
