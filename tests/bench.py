@@ -576,6 +576,7 @@ def main():
     chosen = {n: r for n, r in ROWS.items() if args.only.lower() in n.lower()}
     if not chosen:
         parser.error(f"no row contains {args.only!r}; the rows are: " + "; ".join(ROWS))
+    pretrain.keep_memory()                             # as training does
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bf16 {'yes' if pretrain.computes_in_bf16('cpu') else 'no'}", flush=True)
     failed = 0
     for name, (function, bar, better) in chosen.items():

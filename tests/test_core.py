@@ -248,6 +248,14 @@ def test_simsiam_loss_and_gradient_equal_plain_lines():
         assert torch.allclose(a, b, rtol=1e-7, atol=1e-10), name
 
 
+def test_blur_by_convolution_equals_the_dense_matrix():
+    torch.manual_seed(0)
+    x, sigma = torch.rand(5, 3, 40, 40, dtype=torch.float64), torch.tensor([0.1, 0.5, 1.0, 1.7, 2.0], dtype=torch.float64)
+    matrix = pretrain.blur_matrix(sigma, 40)
+    assert close(pretrain.blur(x, sigma), matrix[:, None] @ x @ matrix[:, None].mT, 2e-4)
+    assert torch.allclose(pretrain.blur(torch.ones_like(x), sigma), torch.ones_like(x))
+
+
 def test_sdr_loss_is_the_sum_of_its_parts():
     """L = L_0 + mean_i (L_i + lambda KD_i), with L_i by plain lines on the extracted sub-net in training mode."""
     torch.manual_seed(0)
