@@ -334,9 +334,10 @@ def claims(f):
         gain = f.gains("with SiamKD", "routed", "with L2 distillation", "routed")
         say(7, "SiamKD is better than L2", "yes", pm(gain, True), gain > 0)
     counts = [(n, r, k) for n, r, k in ((1, "narrow", "simsiam"), (16, "SDR", "routed"), (81, "81 sub-nets", "routed"), (256, "256 sub-nets", "routed")) if have(r)]
-    if len(counts) > 2:
-        means = [f.figures(r, k).mean() for _, r, k in counts]
-        say(8, "more sub-nets, better average", "yes", ", ".join(f"{n}: {m:.2f}" for (n, _, _), m in zip(counts, means)), all(a < b for a, b in zip(means, means[1:])))
+    if len(counts) > 2 and have(*(r for _, r, _ in counts)):
+        common = f.seeds(*(r for _, r, _ in counts))
+        means = [np.mean([mean_of(f.lines[r, s], k, f.tasks) for s in common]) for _, r, k in counts]
+        say(8, "more sub-nets, better average", "yes", ", ".join(f"{n}: {m:.2f}" for (n, _, _), m in zip(counts, means)) + f" ({len(common)} seed(s))", all(a < b for a, b in zip(means, means[1:])))
     if have("SDR", "with phases"):
         low = [np.array([f.lines[r, s]["last_std"] for s in f.seeds(r)]) for r in ("SDR", "with phases")]
         say(9, "without phases it collapses (lowest std · √d of a sub-net in the last tenth; 0 is collapse)", "yes", f"without {pm(low[0])}, with {pm(low[1])}", low[0].mean() < 0.3 < low[1].mean())
