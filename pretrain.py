@@ -1510,8 +1510,9 @@ def load_clusters(path, images):
 def fill_defaults(args, images):
     """Values in force: what was given, else the recipe for these images."""
     recipe = "toy" if args.data == "toy" else "small" if images.packed is not None else "large"
-    if args.clusters and recipe == "toy":              # sub-nets start from the weights of SimSiam: less is enough
-        args.epochs, args.lr = args.epochs or 5.0, args.lr or 0.04
+    if args.clusters:                                  # with 3B images for sub-nets beside B: as many images in all as SimSiam saw
+        args.epochs = args.epochs or RECIPES[recipe]["epochs"] / 4
+        args.lr = args.lr or (0.04 if recipe == "toy" else None)
     tau = {} if args.objective == "simsiam" else {"tau": 0.99 if recipe == "toy" else 0.996 if args.objective == "byol" else 0.999}
     own = {"simsiam": {}, "byol": {"head": 4096} if recipe == "large" else {}, "mocov2": {"temperature": 0.2, "queue": 65536 if recipe == "large" else 4096}}
     for key, value in {**RECIPES[recipe], **tau, **own[args.objective]}.items():
