@@ -124,6 +124,7 @@ def run(main, script):
 
 
 def rank():
+    """This process's number, 0 if it is alone."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -208,6 +209,7 @@ def training_options(group):
 
 
 def data_options(parser):
+    """The options that name images; `open_images` reads them."""
     group = parser.add_argument_group("images")
     group.add_argument("--data", default="toy", help="toy, a folder, or the name of a torchvision data set")
     group.add_argument("--root", help="where torchvision's data sets lie")
@@ -1324,6 +1326,7 @@ def same_run(old, new, path):
 
 
 def clock(seconds):
+    """h:mm:ss"""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
@@ -1443,7 +1446,7 @@ def parse(argv=None):
     group.add_argument("--sub-batch", type=int, help="images of all sub-nets together in a step, each draws its share from its cluster: 3B")
     group.add_argument("--shared-grad", action=argparse.BooleanOptionalAction, default=True, help="the sub-nets' losses train the shared groups too")
     group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="none", help="from the largest network; the paper's is siamkd")
-    group.add_argument("--kd-weight", type=float, default=1.0, help="lambda")
+    group.add_argument("--kd-weight", type=float, help="lambda, of --distill siamkd and l2: 1")
     group.add_argument("--phases", default="0,0,0,0,1", help="shares of the epochs: largest network alone, then g, g^2, g^3, g^4 sub-nets; the paper's progressive training: 1,1,1,1,4")
     group = parser.add_argument_group("neighbours of SDR over SimSiam")
     group.add_argument("--objective", choices=("simsiam", "byol", "mocov2"), default="simsiam")
@@ -1475,6 +1478,9 @@ def parse(argv=None):
     wrong = [f"--{k}" for k, used in (("tau", ("byol", "mocov2")), ("queue", ("mocov2",)), ("temperature", ("mocov2",))) if getattr(args, k) is not None and args.objective not in used]
     if wrong:
         raise InputError(f"{wrong[0]} is not an option of --objective {args.objective}")
+    if args.distill == "none" and args.kd_weight is not None:
+        raise InputError("--kd-weight weighs a distillation, and there is none: add --distill siamkd or l2")
+    args.kd_weight = 1.0 if args.kd_weight is None else args.kd_weight
     return args
 
 

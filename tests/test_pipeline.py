@@ -173,6 +173,7 @@ CASES = [
     ("pretrain.py", ["--epoch", "3"], "--epoch"),
     ("pretrain.py", ["--epochs", "many"], "many"),
     ("pretrain.py", ["--phases", "1,2"], "five"),
+    ("pretrain.py", ["--kd-weight", "0.5"], "--distill"),
     ("pretrain.py", ["--device", "tpu"], "tpu"),
     ("pretrain.py", ["--width", "1", "--groups", "4"], "width 1"),
     ("pretrain.py", ["--init", "{w}/text.pt", *SMALL], "text.pt"),
