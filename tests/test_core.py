@@ -595,6 +595,7 @@ def test_two_processes_share_the_sub_trees_and_score_alike(tmp_path):
         net.walk = lambda x, indices: walked.extend(indices) or run(x, indices)
         scores = np.stack([*route.search_all(net, task, device, "off", 5), route.search_halving(net, task, device, "off", 5, keep=4)[0]])
         if pretrain.rank() == 0: np.savez(sys.argv[1], scores=scores, walked=len(set(walked)))
+        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     """))
     for count in (1, 2):
         processes(tmp_path / "route_two.py", count, tmp_path / f"{count}.npz")
@@ -627,6 +628,7 @@ def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
         total = pretrain.agree(torch.stack([loss.detach(), *values[:3]]), device)
         if pretrain.rank() == 0:
             torch.save({"loss": total, "grad": {n: p.grad for n, p in model.named_parameters()}, "mean": net.layer3[0].bn1.running_mean}, out)
+        if dist.is_initialized(): dist.destroy_process_group()
     """))
     for dtype, loss_bar, grad_bar in (("float64", 1e-12, 1e-9), ("float32", 1e-6, 1e-5)):
         results = []

@@ -420,6 +420,7 @@ TWO = """
             at = found["image"] == i
             assert at.sum() == len(out["scores"]) and np.allclose(found["score"][at], out["scores"].double()) and np.allclose(found["box"][at], out["boxes"].double())
     print("both agree", flush=True)
+    dist.destroy_process_group()
 """
 
 

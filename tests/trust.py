@@ -233,6 +233,7 @@ STEPS = """
     images, clusters = pretrain.toy_listing(320, 0), np.arange(320) % 16
     plan = pretrain.Plan(320, 32, 2, 0, clusters, 2, 2, (0, 0, 0, 0, 1))
     pretrain.train(model, images, plan, args, device, (out + ".last.pt", out + ".prev.pt"), {}, [])
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 """
 
 
