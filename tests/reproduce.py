@@ -1,8 +1,9 @@
-"""reproduce.py - the paper's nine claims in miniature, with the controls it lacks: which hold, and by how much.
+"""reproduce.py - the paper's nine claims in miniature, with the controls it lacks, and SDR beside its neighbours.
 
     python tests/reproduce.py                                    # toy images, seeds 0 1 2
     python tests/reproduce.py --data PACKS --seeds 0 1           # photographs; PACKS holds tiny-imagenet/, tin_tasks/, ...
     python tests/reproduce.py --only 2 7 --budget-minutes 60     # some claims; no run starts after an hour
+    python tests/reproduce.py --only neighbours                  # SEPT, DATA, BYOL and SDR on equal terms
     python tests/reproduce.py --render                           # tables and figures from the lines alone
 
 Every experiment is run through the scripts, by their command lines. A finished one is a line of
@@ -13,7 +14,8 @@ its own --seeds. Two invocations never run the same experiment if their seeds di
 Protocol. A SimSiam run of each seed is the START of all others. From it, every variant sees the same number of images
 (images forwarded with gradient through any network, each draw counted for each network). A sub-net is chosen by
 leave-one-out kNN (k = 20) on a task's training images; all figures are kNN percent on its test images; gains are paired
-per task. Real images: four tasks served for tuning, six are reported.
+per task. Real images: four tasks served for tuning, six are reported. The neighbours are compared on three of these, by
+kNN and by linear probe; SEPT trains a network for each of them, so sees that many times the images.
 
 Out: tests/results/<toy|real>.jsonl, .md (the tables), .claims.png, .variants.png, .histogram.png; --readme puts the
 tables into README.md between its markers.
@@ -29,11 +31,13 @@ import time
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import pretrain
+import route
 import sdrnet
 
 # ---------------------------------------------------------------------------- what is run
@@ -65,6 +69,8 @@ VARIANTS = {                                           # name: (claims it serves
 CLUSTERS = {"81 sub-nets": 81, "256 sub-nets": 256}
 TUNING = ("tin_mammals", "tin_vehicles", "tin_food", "clothing10")
 REPORTED = ("tin_arthropods", "tin_clothes", "tin_places", "cifar10", "caltech101", "dtd10")
+TARGETS = {"toy": ("toy:shapes", "toy:weaves", "toy:lands"), "real": ("tin_arthropods", "tin_clothes", "tin_places")}     # the neighbours' tasks
+BUDGET = {"toy": 1024, "real": 8000}                   # K of SEPT and of the random subset
 FINE, GENERIC = ("tin_arthropods", "tin_clothes", "tin_places"), ("cifar10", "caltech101", "dtd10")
 
 
@@ -91,7 +97,9 @@ class Experiments:
         self.common = ["--device", args.device]          # of every script
         self.work = os.path.join(args.out, self.kind, str(seed))
         os.makedirs(self.work, exist_ok=True)
-        self.tasks = ["toy"] if self.kind == "toy" else [os.path.join(args.data, *(["tin_tasks"] if t.startswith("tin_") else []), t) for t in TUNING + REPORTED]
+        place = lambda names: [os.path.join(args.data, *(["tin_tasks"] if t.startswith("tin_") else []), t) for t in names]
+        self.tasks = ["toy"] if self.kind == "toy" else place(TUNING + REPORTED)
+        self.targets = TARGETS["toy"] if self.kind == "toy" else place(TARGETS["real"])
 
     def folder(self, name):
         path = os.path.join(self.work, re.sub(r"\W+", "_", name))
@@ -107,22 +115,33 @@ class Experiments:
         folder = self.folder(name)
         options = [*self.data, *self.scale["network"], *options, "--out", folder, *self.common]
         script("pretrain.py", *options, log=os.path.join(folder, "log"))
-        path = os.path.join(folder, "sdrnet.pt" if "--clusters" in options else "simsiam.pt")
+        path = os.path.join(folder, "sdrnet.pt" if "--clusters" in options else "datanet.pt" if "--sizes" in options else "byol.pt" if "byol" in options else "simsiam.pt")
         origin = sdrnet.load(path)["origin"]
         return path, {"command": self.shown("pretrain.py", *options), "images_seen": origin["images_seen"], "seconds": round(origin["seconds"], 1)}
 
     def start(self):
         return self.pretrain("start", "--epochs", self.scale["start"], *self.scale["start_options"])
 
-    def score_plain(self, path):
-        """{task: kNN percent on test images} of a simsiam.pt."""
+    def features(self, path, task):
+        """Of a network file: a task's training and test features, and its GFLOPs an image."""
         device = torch.device("cuda" if self.args.device != "cpu" and torch.cuda.is_available() else "cpu")
         content = sdrnet.load(path)
-        net, size = sdrnet.network(content, path).to(device, memory_format=torch.channels_last), content["config"]["image_size"]
+        net, size = sdrnet.network(content, path).eval(), content["config"]["image_size"]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(torch.zeros(1, 3, size, size))
+        net.to(device, memory_format=torch.channels_last)
+        return [pretrain.embed(net, part.pack(), size=size, device=device, workers=0) for part in (task.train, task.test)], counter.get_total_flops() / 1e9
+
+    def score_plain(self, path):
+        """{task: kNN percent on test images} of a simsiam.pt."""
+        return {task.name: {"simsiam": pretrain.knn_score(*self.features(path, task)[0], task)} for task in pretrain.open_tasks(self.tasks, self.seed)}
+
+    def judged(self, network):
+        """{task: kNN and linear probe, percent on test images, and GFLOPs} of network(task), a checkpoint for each target."""
         scores = {}
-        for task in pretrain.open_tasks(self.tasks, self.seed):
-            train, test = (pretrain.embed(net, part.pack(), size=size, device=device, workers=0) for part in (task.train, task.test))
-            scores[task.name] = {"simsiam": pretrain.knn_score(train, test, task)}
+        for task in pretrain.open_tasks(self.targets, self.seed):
+            (train, test), gflops = self.features(network(task.name), task)
+            scores[task.name] = {"knn": pretrain.knn_score(train, test, task), "probe": route.probe(train, test, task)[0], "gflops": gflops}
         return scores
 
     def simsiam(self, name, *options, epochs=None, start=True):
@@ -195,6 +214,59 @@ class Experiments:
         start, _ = self.pretrain("narrow start", "--epochs", self.scale["start"], *self.scale["start_options"], "--width", width)
         return self.simsiam("narrow", "--width", width, "--init", start, start=False)
 
+    def subset(self, name, *options):
+        """SimSiam continued on K of the images, on as many draws as on all of them."""
+        return self.pretrain(name, "--epochs", round(self.scale["rest"] * self.pool / BUDGET[self.kind], 4), *self.scale["rest_options"], "--init", self.start()[0], *options)
+
+    @property
+    def pool(self):
+        """How many images there are to learn from."""
+        return sdrnet.load(self.start()[0])["origin"]["images_seen"] // self.scale["start"]
+
+    def alone(self, name, *options):
+        """One network on all images: SimSiam or BYOL continued."""
+        path, line = self.pretrain(name, "--epochs", self.scale["rest"], *self.scale["rest_options"], "--init", self.start()[0], *options)
+        return {**line, "judged": self.judged(lambda task: path)}
+
+    def random_subset(self):
+        path = os.path.join(self.work, "random_subset.npy")
+        np.save(path, np.sort(np.random.default_rng(self.seed).permutation(self.pool)[:BUDGET[self.kind]]))
+        path, line = self.subset("random subset", "--subset", path)
+        return {**line, "judged": self.judged(lambda task: path)}
+
+    def sept(self):
+        """For each target its own subset and its own network."""
+        paths, lines, began, beside = {}, [], time.time(), 0.0
+        for target in self.targets:
+            name, folder = os.path.basename(target).replace(":", "-"), self.folder(f"SEPT {os.path.basename(target)}")
+            began = time.time()
+            script("cluster.py", *self.data, "--checkpoint", self.start()[0], "--retrieve", target, "--budget", BUDGET[self.kind], "--drop-duplicates", "--out", folder, *self.common, log=os.path.join(folder, "log"))
+            beside += time.time() - began
+            paths[name], line = self.subset(os.path.basename(folder), "--subset", os.path.join(folder, "subset.npy"))
+            lines.append(line)
+        return {"command": lines[0]["command"], "images_seen": sum(line["images_seen"] for line in lines), "seconds": sum(line["seconds"] for line in lines), "beside": round(beside, 1),
+                "judged": self.judged(paths.get)}
+
+    def routed(self, name, changes):
+        """SDR: the sub-net of each target, and the largest network."""
+        line, folder = self.sdr(name, changes), self.folder(name)
+        beside = sum(json.load(open(os.path.join(folder, task, "result.json")))["seconds"] for task in line["tasks"])
+        return {**{k: line[k] for k in ("command", "images_seen", "seconds")}, "beside": round(beside * len(self.targets) / len(line["tasks"]), 1),
+                "judged": self.judged(lambda task: os.path.join(folder, task, "subnet.pt")), "largest": self.judged(lambda task: os.path.join(folder, "sdrnet.pt"))}
+
+    def data_sizes(self):
+        """DATA: nested sizes (three networks see each batch); for each task the pick at half of the largest one's FLOPs."""
+        path, line = self.pretrain("DATA", "--sizes", "1,4", "--epochs", round(self.scale["rest"] / 3, 4), *self.scale["rest_options"], "--init", self.start()[0])
+        net, folder, began = sdrnet.load_network(path), os.path.dirname(path), time.time()
+        most = route.flops_of_sizes(net, sdrnet.load(path)["config"]["image_size"])(tuple(choices[-1] for choices in net.sizes())) / 1e9
+        script("route.py", "--out", folder, "--checkpoint", path, "--budget-gflops", 0.4 * most, 0.5 * most, "--samples", 16, *self.common, "--seed", self.seed,
+               *(a for t in self.tasks for a in ("--task", t)), log=os.path.join(folder, "route.log"))
+        beside, search = time.time() - began, {}
+        for task in [e.name for e in os.scandir(folder) if e.is_dir()]:
+            result = json.load(open(os.path.join(folder, task, "result.json")))
+            search[task] = {k: result[k]["test"] for k in ("chosen", "best", "largest")} | {"similarity": [s["similarity"] for s in result["sampled"]], "tests": [s["test"] for s in result["sampled"]]}
+        return {**line, "beside": round(beside * len(self.targets) / len(search), 1), "judged": self.judged(lambda task: os.path.join(folder, task, "subnet.pt")), "search": search}
+
     def detection(self, name):
         """Average precision on the toy scenes, from the sub-net routed for toy-shapes or from SimSiam continued."""
         folder = self.folder(f"detection {name}")
@@ -213,7 +285,10 @@ class Experiments:
         runs += [(name, claims, lambda name=name, changes=changes: self.sdr(name, changes)) for name, (claims, changes) in list(VARIANTS.items())[2:]]
         if self.kind == "toy":
             runs += [(f"detection {n}", (6,), lambda n=n: self.detection(n)) for n in ("routed", "SimSiam")]
-        return runs
+        neighbours = {"SimSiam, all images": lambda: self.alone("SimSiam continued"), "SimSiam, random subset": self.random_subset, "SEPT": self.sept,
+                      "SDR over SimSiam": lambda: self.routed("SDR", []), "DATA, half of the FLOPs": self.data_sizes,
+                      "BYOL, all images": lambda: self.alone("BYOL continued", "--objective", "byol"), "SDR over BYOL": lambda: self.routed("SDR over BYOL", ["--objective", "byol"])}
+        return runs + [(f"neighbours: {name}", ("neighbours",), function) for name, function in neighbours.items()]
 
 
 def read(path):
@@ -245,6 +320,8 @@ def run_all(args, results):
 
 
 def brief(line):
+    if "judged" in line:
+        return ", ".join(f"{task} kNN {v['knn']:.2f} probe {v['probe']:.2f}" for task, v in line["judged"].items())
     if "metrics" in line:
         return "AP {AP:.1f}, AP50 {AP50:.1f}".format(**ap(line))
     return ", ".join(f"{key} {mean_of(line, key):.2f}" for key in ("simsiam", "routed", "largest", "chance", "best") if key in next(iter(line["tasks"].values())))
@@ -345,7 +422,7 @@ def claims(f):
 
 
 def tables(f, lines):
-    """Markdown: claims, then every variant."""
+    """Markdown: claims, then every variant, then the neighbours."""
     out = ["| # | claim | paper | here (mean ± std over seeds) | |", "|---|---|---|---|---|"]
     out += [f"| {n} | {c} | {p} | {o} | {'**holds**' if v == 'holds' else v} |" for n, c, p, o, v in claims(f)]
     out += ["", "| variant, kNN % | routed or alone | largest network | mean sub-net | gain over SimSiam continued | seeds | images seen | seconds |", "|---|---|---|---|---|---|---|---|"]
@@ -361,8 +438,35 @@ def tables(f, lines):
         for t, g in per.items():
             value = lambda run, key: pm(np.array([f.lines[run, s]["tasks"][t][key] for s in f.seeds("SDR", "SimSiam continued")]))
             out.append(f"| {t}{' (tuning)' if t in TUNING else ''} | {value('SimSiam continued', 'simsiam')} | {value('SDR', 'routed')} | {pm(g, True)} |")
+    out += neighbours([r for r in lines if "judged" in r])
     where = sorted({f"{r['device']}, torch {r['torch']}" for r in lines})
     return "\n".join(out + ["", f"Machine: {'; '.join(where)}. Images seen and seconds do not count the start, which all variants share (narrow has its own)."])
+
+
+def neighbours(lines):
+    """Markdown: SDR beside SEPT, DATA and BYOL, every seed's mean; then DATA's search."""
+    rows, names = {}, sorted({task for line in lines for task in line["judged"]})
+    for line in lines:
+        name = line["run"].removeprefix("neighbours: ")
+        rows.setdefault(name, []).append((line, line["judged"]))
+        if "largest" in line:
+            rows.setdefault(f"{name}: its largest network", []).append((line, line["largest"]))
+    if not rows:
+        return []
+    out = ["", f"| neighbours | {' | '.join(names)} | mean kNN | mean probe | images seen | seconds: training, beside | GFLOPs | seeds |", "|" + "---|" * (len(names) + 7)]
+    for name, found in rows.items():
+        mean = lambda key: pm(np.array([np.mean([judged[t][key] for t in names]) for _, judged in found]))
+        cells = [f"{pm([judged[t]['knn'] for _, judged in found])} / {pm([judged[t]['probe'] for _, judged in found])}" for t in names]
+        cost = [np.mean([line.get(key, 0) for line, _ in found]) for key in ("images_seen", "seconds", "beside")]
+        gflops = np.mean([judged[t]["gflops"] for _, judged in found for t in names])
+        out.append(f"| {name} | {' | '.join(cells)} | {mean('knn')} | {mean('probe')} | {cost[0]:,.0f} | {cost[1]:.0f}, {cost[2]:.0f} | {gflops:.4f} | {len(found)} |")
+    out += ["", "Cells are kNN / linear probe, %. *Beside*: retrieving for the three tasks, routing or searching them."]
+    for line in [line for line in lines if "search" in line][:1]:
+        out += ["", "| DATA's search, kNN % | largest network | chosen without labels | best of those sampled | their mean | rank correlation of similarity and score |", "|---|---|---|---|---|---|"]
+        for task, v in sorted(line["search"].items()):
+            ranks = [np.argsort(np.argsort(v[k])) for k in ("similarity", "tests")]
+            out.append(f"| {task} | {v['largest']:.2f} | {v['chosen']:.2f} | {v['best']:.2f} | {np.mean(v['tests']):.2f} | {np.corrcoef(*ranks)[0, 1]:.2f} |")
+    return out
 
 
 def figures(f, stem):
@@ -432,7 +536,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--data", default="toy", help="toy, or the folder of the unpacked image packs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", type=int, nargs="+", choices=range(1, 10), help="numbers of claims")
+    parser.add_argument("--only", type=lambda t: int(t) if t.isdigit() else t, nargs="+", choices=[*range(1, 10), "neighbours"], help="numbers of claims; neighbours")
     parser.add_argument("--budget-minutes", type=float, help="start no further run after this time")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default=os.path.join(ROOT, "runs", "reproduce"), help="checkpoints and logs of the runs")
