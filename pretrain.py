@@ -1425,6 +1425,7 @@ RECIPES = {                                            # values that no option g
     "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048, blur=0.5, subnets=2),
 }
 NOT_COMPARED = {"out", "device", "workers", "root", "download", "save_every", "fresh", "monitor_task", "monitor_every", "stop_on_collapse", "collapse_std", "max_bad"}
+OF_SUBNETS = {"shared", "subnets", "sub_batch", "shared_grad", "distill", "kd_weight", "phases"}      # nothing to a network that trains alone
 
 
 def parse(argv=None):
@@ -1599,7 +1600,7 @@ def main():
     final, last, older = (os.path.join(args.out, f"{name}{ending}.pt") for ending in ("", ".last", ".prev"))
     if clusters is not None and args.init is None and os.path.exists(alone):
         args.init = alone
-    config = {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(args).items() if k not in NOT_COMPARED}
+    config = {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(args).items() if k not in NOT_COMPARED | (set() if args.clusters or args.sizes else OF_SUBNETS)}
     config["images"] = images.fingerprint
     if clusters is not None:
         config["clusters_sha256"] = hashlib.sha256(clusters.tobytes()).hexdigest()

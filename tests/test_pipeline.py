@@ -96,8 +96,10 @@ def test_the_subnet_loads_without_this_project(toy, tmp_path):
 def test_running_again_says_finished_and_changed_arguments_are_refused(toy):
     out, common = toy
     before = contents(out)
-    printed, _ = script("pretrain.py", *common, *SMALL, "--epochs", "1")
+    printed, _ = script("pretrain.py", *common, *SMALL, "--epochs", "1", "--subnets", "4")     # which means nothing to SimSiam
     assert "is finished" in printed
+    _, error = script("pretrain.py", *common, *SMALL, "--epochs", "2", "--clusters", out / "clusters.npy", "--subnets", "4", expect=2)
+    assert "subnets 2 -> 4" in error
     _, error = script("pretrain.py", *common, *SMALL, "--epochs", "3", expect=2)
     assert error.startswith("pretrain.py: error:") and error.count("\n") == 1 and "epochs 1.0 -> 3.0" in error and "--fresh" in error
     assert contents(out) == before
