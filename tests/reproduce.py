@@ -440,7 +440,8 @@ def tables(f, lines):
             out.append(f"| {t}{' (tuning)' if t in TUNING else ''} | {value('SimSiam continued', 'simsiam')} | {value('SDR', 'routed')} | {pm(g, True)} |")
     out += neighbours([r for r in lines if "judged" in r])
     where = sorted({f"{r['device']}, torch {r['torch']}" for r in lines})
-    return "\n".join(out + ["", f"Machine: {'; '.join(where)}. Images seen and seconds do not count the start, which all variants share (narrow has its own)."])
+    return "\n".join(out + ["", f"Machine: {'; '.join(where)}. {len(lines)} runs, {sum(r['seconds'] for r in lines) / 60:.0f} minutes of training. Images seen and seconds do not count "
+                            "the start, which all variants share (narrow has its own)."])
 
 
 def neighbours(lines):
