@@ -117,7 +117,7 @@ def literal_voc(objects, detections, threshold):
             tp.append(False), fp.append(True)
     points = [(sum(tp[:i + 1]), sum(tp[:i + 1]) / (i + 1)) for i in range(len(tp))]                # true positives, precision
     eleven = sum(max([p for n, p in points if 10 * n >= k * npos], default=0) for k in range(11)) / 11
-    area, before = 0.0, 0
+    area = 0.0
     for n in range(1, npos + 1):
         area += max([p for m, p in points if m >= n], default=0) / npos
     return eleven, area
