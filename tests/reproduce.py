@@ -264,7 +264,7 @@ class Experiments:
         beside, search = time.time() - began, {}
         for task in [e.name for e in os.scandir(folder) if e.is_dir()]:
             result = json.load(open(os.path.join(folder, task, "result.json")))
-            search[task] = {k: result[k]["test"] for k in ("chosen", "best", "largest")} | {"similarity": [s["similarity"] for s in result["sampled"]], "tests": [s["test"] for s in result["sampled"]]}
+            search[task] = {k: result[k]["test"] for k in ("chosen", "best", "largest")} | {name: [s[k] for s in result["sampled"]] for name, k in (("similarities", "similarity"), ("trains", "train"), ("tests", "test"))}
         return {**line, "beside": round(beside * len(self.targets) / len(search), 1), "judged": self.judged(lambda task: os.path.join(folder, task, "subnet.pt")), "search": search}
 
     def detection(self, name):
@@ -463,10 +463,11 @@ def neighbours(lines):
         out.append(f"| {name} | {' | '.join(cells)} | {mean('knn')} | {mean('probe')} | {cost[0]:,.0f} | {cost[1]:.0f}, {cost[2]:.0f} | {gflops:.4f} | {len(found)} |")
     out += ["", "Cells are kNN / linear probe, %. *Beside*: retrieving for the three tasks, routing or searching them."]
     for line in [line for line in lines if "search" in line][:1]:
-        out += ["", "| DATA's search, kNN % | largest network | chosen without labels | best of those sampled | their mean | rank correlation of similarity and score |", "|---|---|---|---|---|---|"]
+        out += ["", "| DATA's search, kNN % | largest network | chosen without labels | chosen with labels, on training images | best by test score | their mean | rank correlation of similarity and score |",
+                "|---|---|---|---|---|---|---|"]
         for task, v in sorted(line["search"].items()):
-            ranks = [np.argsort(np.argsort(v[k])) for k in ("similarity", "tests")]
-            out.append(f"| {task} | {v['largest']:.2f} | {v['chosen']:.2f} | {v['best']:.2f} | {np.mean(v['tests']):.2f} | {np.corrcoef(*ranks)[0, 1]:.2f} |")
+            ranks = [np.argsort(np.argsort(v[k])) for k in ("similarities", "tests")]
+            out.append(f"| {task} | {v['largest']:.2f} | {v['chosen']:.2f} | {v['tests'][int(np.argmax(v['trains']))]:.2f} | {v['best']:.2f} | {np.mean(v['tests']):.2f} | {np.corrcoef(*ranks)[0, 1]:.2f} |")
     return out
 
 
