@@ -306,14 +306,14 @@ def search_sizes(net, content, task, args, device):
 
     def look(size):
         plain = measured(net.extract(size), task.train.packed, device)
-        train, test = (plain_features(plain, part.packed, device, args.amp) for part in (task.train, task.test))
-        return plain, train, loo_score(train, task, args.k), knn_score(train, test, task, args.k)
-    _, f0, *largest = look(None)
+        pair = [plain_features(plain, part.packed, device, args.amp) for part in (task.train, task.test)]
+        return plain, pair, loo_score(pair[0], task, args.k), knn_score(*pair, task, args.k)
+    _, whole, *largest = look(None)
     table = np.zeros((len(inside), 3))                 # similarity, leave-one-out and test score of each
     for i, (_, size) in enumerate(inside):
         if i % world_size() == rank():
-            _, f, *scores = look(size)
-            table[i] = similarity(projector, f, f0, net.cut(net.features, [size[-1]])), *scores
+            _, pair, *scores = look(size)
+            table[i] = similarity(projector, pair[0], whole[0], net.cut(net.features, [size[-1]])), *scores
             say(f"\r  {task.name}: size {i + 1} of {len(inside)}, {time.time() - began:.0f} s", end="")
     say()
     table = add_up(table, device)
@@ -327,7 +327,11 @@ def search_sizes(net, content, task, args, device):
         say(f"  {inside[i][0] / 1e9:21.4f} {table[i, 0]:11.4f} {table[i, 1]:14.2f} {table[i, 2]:8.2f}   {inside[i][1]}" + ("  <- chosen" if i == chosen else ""))
     say(f"  largest network {result['largest']['gflops']:5.4f} {1:11.4f} {largest[0]:14.2f} {largest[1]:8.2f}\n  best of the {len(inside)} sampled by test score: {table[best, 2]:.2f} %")
     if rank() == 0:
-        write_subnet(look(inside[chosen][1])[0].cpu(), content, task.name, {"size": [list(pair) for pair in inside[chosen][1]]}, args)
+        plain, pair, *_ = look(inside[chosen][1])
+        if args.probe:
+            for name, features in (("chosen", pair), ("largest", whole)):
+                result[name]["probe"], result[name]["probe_decay"] = probe(*features, task)
+        write_subnet(plain.cpu(), content, task.name, {"size": [list(stage) for stage in inside[chosen][1]]}, args)
         save_json(os.path.join(args.out, task.name, "result.json"), result)
     return result
 
@@ -548,13 +552,15 @@ def parse(argv=None):
     group.add_argument("--samples", type=int, default=40, help="sizes that --budget-gflops scores")
     group.add_argument("--k", type=int, default=20, help="neighbours that vote")
     group.add_argument("--max-images", type=int, default=5000, help="of a task's train and of its test part, each class alike")
-    group.add_argument("--probe", action="store_true", help="linear probe of the chosen sub-net, the largest network and SimSiam")
+    group.add_argument("--probe", action="store_true", help="linear probe of what is chosen, the largest network and SimSiam")
     group.add_argument("--export", action="store_true", help="write subnet.pt2 by torch.export")
     group.add_argument("--workers", type=int, default=min(8, CORES))
     common_options(parser)
     args = parser.parse_args(argv)
     if args.k < 1 or args.max_images < 2 or args.samples < 1:
         raise InputError("--k and --samples must be at least 1, --max-images at least 2")
+    if args.budget_gflops and (args.search != "all" or args.simsiam not in (None, "none")):
+        raise InputError("--budget-gflops searches sizes; --search and --simsiam go with sub-nets")
     return args
 
 

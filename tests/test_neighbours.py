@@ -303,7 +303,7 @@ def test_search_over_sizes_chooses_by_similarity_and_exports(toy, tmp_path, monk
     net = sdrnet.load_network(str(toy / "datanet.pt"))
     flops = route.flops_of_sizes(net, 32)
     low, high = 0.4 * flops(((2, 8),) * 4) / 1e9, 0.6 * flops(((2, 8),) * 4) / 1e9
-    arguments = ["--checkpoint", toy / "datanet.pt", "--task", "toy:weaves", "--amp", "off", "--max-images", "64", "--samples", "3", "--budget-gflops", low, high]
+    arguments = ["--checkpoint", toy / "datanet.pt", "--task", "toy:weaves", "--amp", "off", "--max-images", "64", "--samples", "3", "--probe", "--budget-gflops", low, high]
     main(route, monkeypatch, "--out", tmp_path, *arguments)
     result = json.load(open(tmp_path / "toy-weaves" / "result.json"))
     assert len(result["sampled"]) == 3 and all(low <= s["gflops"] <= high for s in result["sampled"])
@@ -313,6 +313,9 @@ def test_search_over_sizes_chooses_by_similarity_and_exports(toy, tmp_path, monk
     assert two["chosen"]["size"] == result["chosen"]["size"] and all(a["similarity"] == pytest.approx(b["similarity"], abs=1e-4) for a, b in zip(two["sampled"], result["sampled"]))
     plain = sdrnet.load_network(str(tmp_path / "toy-weaves" / "subnet.pt"), ("subnet",))
     task = pretrain.open_tasks(["toy:weaves"])[0]
+    few = route.decoded(task, 32, 64, 0)
+    pair = [route.plain_features(plain, part.packed, torch.device("cpu"), "off") for part in (few.train, few.test)]
+    assert route.probe(*pair, few)[0] == pytest.approx(result["chosen"]["probe"]) and 0 <= result["largest"]["probe"] <= 100
     x = pretrain.plain_input(task.train.packed[route.stratified(task.train.labels, 64)], torch.device("cpu"))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         f = plain(x)
@@ -335,6 +338,7 @@ CASES = [
     (cluster, ["--retrieve", "toy:weaves"], "--budget K go together"),
     (route, ["--checkpoint", "{t}/datanet.pt", "--task", "toy:weaves", "--budget-gflops", "5", "6"], "no network has so many"),
     (route, ["--checkpoint", "{t}/simsiam.pt", "--task", "toy:weaves", "--budget-gflops", "5", "6"], "trained without sizes"),
+    (route, ["--checkpoint", "{t}/datanet.pt", "--budget-gflops", "5", "6", "--search", "halving"], "--search"),
     (route, ["--checkpoint", "{t}/datanet.pt", "--task", "toy:weaves"], "'datanet'"),
     (pretrain, ["--sizes", "3,4"], "has no sizes from 3 block(s)"),
     (pretrain, ["--sizes", "1,4", "--clusters", "{t}/half.npy"], "sizes or paths"),
