@@ -347,8 +347,12 @@ def test_colour_maps_equal_torchvision_where_nothing_is_clamped():
     assert torch.allclose(m, torch.eye(3).expand(8, 3, 3), atol=1e-6) and t.abs().max() == 0       # neither jitter nor grey
     u[:, 8], u[:, :3] = 0.0, 0.5
     m, _ = pretrain.colour_maps(u, images.mean((2, 3)))
-    luma = torch.tensor([0.299, 0.587, 0.114])
-    assert torch.allclose(luma @ m, luma.expand(8, 3), atol=2e-3) and (m[0] - torch.eye(3)).abs().max() > 0.2      # hue keeps luma
+    assert torch.allclose(m.sum(1), torch.ones(8, 3), atol=1e-6) and torch.allclose(m @ m.mT, torch.eye(3).expand(8, 3, 3), atol=1e-6)    # a turn about the grey axis
+    assert torch.allclose(m.diagonal(dim1=1, dim2=2).sum(1), 1 + 2 * torch.cos((u[:, 3] - 0.5) * 0.4 * math.pi), atol=1e-6)                # by up to 36 degrees
+    for i in range(8):                                 # torchvision's shift of hue is another function, but goes the same way round
+        ours, back = (torch.einsum("ij,njhw->nihw", turn, images) for turn in (m[i], m[i].T))
+        theirs = T.adjust_hue(images, (u[i, 3].item() - 0.5) * 0.2)
+        assert (ours - theirs).abs().mean() < 0.9 * (back - theirs).abs().mean()
 
 
 def test_views_flip_blur_and_normalise():
