@@ -45,6 +45,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from contextlib import nullcontext, suppress
 
@@ -111,10 +112,13 @@ def run(main, script):
         gone = "a loader worker" if "DataLoader worker" in str(error) else \
                "another process of this run" if world_size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "peer")) else None
         if gone is None:
-            raise
-        if not Signals.caught:
+            traceback.print_exc()
+        elif not Signals.caught:
             print(f"{script}: {gone} has ended, so this one does; the same command continues from the last saved state", file=sys.stderr, flush=True)
-        status = 128 + int(Signals.caught) if Signals.caught else 1
+        status = 128 + int(Signals.caught) if gone and Signals.caught else 1
+    except Exception:                                  # a fault of ours. Not left to Python: its end waits for loader workers
+        traceback.print_exc()
+        status = 1
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     with suppress(OSError):                            # the disk may be full
@@ -160,7 +164,9 @@ def start(args):
     if name == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        store, number, world = next(dist.rendezvous("env://"))         # after a restart, none of the addresses that the dead left there
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=number, world_size=world)
     torch.manual_seed(args.seed)
     return device
 
@@ -747,7 +753,8 @@ def views(images, u, size, cropped=False, blurred=0.5):
     if cropped:
         x[flip] = x[flip].flip(3)
         rows = (sigma > 0).nonzero()[:, 0]
-        x[rows] = blur(x[rows], sigma[rows])
+        if len(rows):                                  # of a small batch perhaps none
+            x[rows] = blur(x[rows], sigma[rows])
     else:
         top, left, h, w = (v.to(images.device) for v in crop_boxes(u, height, width))
         ry, rx = resize_matrix(top, h, height, size), resize_matrix(left, w, width, size)

@@ -362,6 +362,7 @@ def test_views_flip_blur_and_normalise():
     u[1, 22], u[2, 23], u[2, 24] = 0.1, 0.1, 1.0       # image 1 is flipped, image 2 blurred with sigma 2
     out = pretrain.views(images, u, 32, cropped=True)
     plain = pretrain.plain_input(images, torch.device("cpu"))
+    assert torch.allclose(pretrain.views(images[:1], u[:1], 32, cropped=True), plain[:1], atol=1e-5)   # none of a small batch is blurred
     assert torch.allclose(out[0], plain[0], atol=1e-5) and torch.allclose(out[1], plain[1].flip(2), atol=1e-5)
     blurred = torchvision.transforms.v2.functional.gaussian_blur(images[2].float(), 17, 2.0)
     theirs = pretrain.plain_input(blurred[None], torch.device("cpu"))[0]
