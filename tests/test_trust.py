@@ -3,6 +3,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import zipfile
 
@@ -117,6 +118,14 @@ def test_collapse_stops_if_asked_to(lab, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="step 0: features collapsed"):
         pretrained(lab, tmp_path, "--collapse-std", "50", "--stop-on-collapse", monkeypatch=monkeypatch)
     assert sdrnet.load(str(tmp_path / "sdrnet.last.pt"))["step"] == 1
+
+
+def test_a_fault_ends_a_run_whose_loader_workers_ignore_signals(tmp_path):
+    (tmp_path / "fault.py").write_text("import torch, pretrain\n\ndef main():\n"
+                                       "    loader = torch.utils.data.DataLoader(range(1000), num_workers=1, worker_init_fn=pretrain.quiet_worker)\n"
+                                       "    for i in loader: raise KeyError('ours')\n\npretrain.run(main, 'fault.py')\n")
+    done = subprocess.run([sys.executable, tmp_path / "fault.py"], capture_output=True, text=True, timeout=100, env=trust.ENV)
+    assert done.returncode == 1 and "KeyError: 'ours'" in done.stderr
 
 
 def test_fresh_is_obeyed_once_when_torchrun_restarts(monkeypatch):
