@@ -124,7 +124,12 @@ class Lab:
 
     def printed(self, pid):
         """Waits until the script has read its arguments: it has printed, or ended. Returns the time."""
-        while not (self.out.exists() and self.out.stat().st_size) and os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().split()[2] != "Z":
+        def runs():
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+            except OSError:                            # gone
+                return False
+        while not (self.out.exists() and self.out.stat().st_size) and runs():
             time.sleep(0.005)
         return time.time()
 
