@@ -108,17 +108,14 @@ def run(main, script):
         status = 2
     except Stopped:
         status = 128 + int(Signals.caught)
-    except RuntimeError as error:                      # what torch says when another process has gone
-        gone = "a loader worker" if "DataLoader worker" in str(error) else \
+    except Exception as error:                         # what torch says when another process has gone
+        gone = None if not isinstance(error, RuntimeError) else "a loader worker" if "DataLoader worker" in str(error) else \
                "another process of this run" if world_size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "peer")) else None
-        if gone is None:
+        if gone is None:                               # a fault of ours. Not left to Python: its end waits for loader workers
             traceback.print_exc()
         elif not Signals.caught:
             print(f"{script}: {gone} has ended, so this one does; the same command continues from the last saved state", file=sys.stderr, flush=True)
         status = 128 + int(Signals.caught) if gone and Signals.caught else 1
-    except Exception:                                  # a fault of ours. Not left to Python: its end waits for loader workers
-        traceback.print_exc()
-        status = 1
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     with suppress(OSError):                            # the disk may be full

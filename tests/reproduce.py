@@ -17,7 +17,7 @@ leave-one-out kNN (k = 20) on a task's training images; all figures are kNN perc
 per task. Real images: four tasks served for tuning, six are reported. The neighbours are compared on three of these, by
 kNN and by linear probe; SEPT trains a network for each of them, so sees that many times the images.
 
-Out: tests/results/<toy|real>.jsonl, .md (the tables), .claims.png, .variants.png, .histogram.png; --readme puts the
+Out: tests/results/<toy|real>.jsonl, .md (the tables), .tasks.png, .variants.png, .histogram.png; --readme puts the
 tables into README.md between its markers.
 """
 import argparse
@@ -69,9 +69,9 @@ VARIANTS = {                                           # name: (claims it serves
 CLUSTERS = {"81 sub-nets": 81, "256 sub-nets": 256}
 TUNING = ("tin_mammals", "tin_vehicles", "tin_food", "clothing10")
 REPORTED = ("tin_arthropods", "tin_clothes", "tin_places", "cifar10", "caltech101", "dtd10")
-TARGETS = {"toy": ("toy:shapes", "toy:weaves", "toy:lands"), "real": ("tin_arthropods", "tin_clothes", "tin_places")}     # the neighbours' tasks
 BUDGET = {"toy": 1024, "real": 8000}                   # K of SEPT and of the random subset
 FINE, GENERIC = ("tin_arthropods", "tin_clothes", "tin_places"), ("cifar10", "caltech101", "dtd10")
+TARGETS = {"toy": ("toy:shapes", "toy:weaves", "toy:lands"), "real": FINE}     # the neighbours' tasks
 
 
 class Failed(Exception):
@@ -145,9 +145,13 @@ class Experiments:
         return scores
 
     def simsiam(self, name, *options, epochs=None, start=True):
-        begin = ["--init", self.start()[0]] if start else []
-        path, line = self.pretrain(name, "--epochs", epochs or self.scale["rest"], *self.scale["rest_options"], *begin, *options)
+        path, line = self.rest(name, *options, epochs=epochs, start=start)
         return {**line, "tasks": self.score_plain(path)}
+
+    def rest(self, name, *options, epochs=None, start=True):
+        """One network trained after the start, from it unless the options say from where."""
+        begin = ["--init", self.start()[0]] if start else []
+        return self.pretrain(name, "--epochs", epochs or self.scale["rest"], *self.scale["rest_options"], *begin, *options)
 
     def clusters(self, k, shuffled=False):
         """clusters.npy of the start's features; shuffled: the same sizes, at random."""
@@ -216,7 +220,7 @@ class Experiments:
 
     def subset(self, name, *options):
         """SimSiam continued on K of the images, on as many draws as on all of them."""
-        return self.pretrain(name, "--epochs", round(self.scale["rest"] * self.pool / BUDGET[self.kind], 4), *self.scale["rest_options"], "--init", self.start()[0], *options)
+        return self.rest(name, *options, epochs=round(self.scale["rest"] * self.pool / BUDGET[self.kind], 4))
 
     @property
     def pool(self):
@@ -225,7 +229,7 @@ class Experiments:
 
     def alone(self, name, *options):
         """One network on all images: SimSiam or BYOL continued."""
-        path, line = self.pretrain(name, "--epochs", self.scale["rest"], *self.scale["rest_options"], "--init", self.start()[0], *options)
+        path, line = self.rest(name, *options)
         return {**line, "judged": self.judged(lambda task: path)}
 
     def random_subset(self):
@@ -236,7 +240,7 @@ class Experiments:
 
     def sept(self):
         """For each target its own subset and its own network."""
-        paths, lines, began, beside = {}, [], time.time(), 0.0
+        paths, lines, beside = {}, [], 0.0
         for target in self.targets:
             name, folder = os.path.basename(target).replace(":", "-"), self.folder(f"SEPT {os.path.basename(target)}")
             began = time.time()
@@ -256,7 +260,7 @@ class Experiments:
 
     def data_sizes(self):
         """DATA: nested sizes (three networks see each batch); for each task the pick at half of the largest one's FLOPs."""
-        path, line = self.pretrain("DATA", "--sizes", "1,4", "--epochs", round(self.scale["rest"] / 3, 4), *self.scale["rest_options"], "--init", self.start()[0])
+        path, line = self.rest("DATA", "--sizes", "1,4", epochs=round(self.scale["rest"] / 3, 4))
         net, folder, began = sdrnet.load_network(path), os.path.dirname(path), time.time()
         most = route.flops_of_sizes(net, sdrnet.load(path)["config"]["image_size"])(tuple(choices[-1] for choices in net.sizes())) / 1e9
         script("route.py", "--out", folder, "--checkpoint", path, "--budget-gflops", 0.4 * most, 0.5 * most, "--samples", 16, *self.common, "--seed", self.seed,

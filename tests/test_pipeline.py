@@ -25,7 +25,7 @@ def script(name, *arguments, processes=1, expect=0, **environment):
     """Runs a script by its command line; returns (stdout, stderr)."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     done = subprocess.run([sys.executable, *launcher, os.path.join(ROOT, name), *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else os.environ.get("OMP_NUM_THREADS", ""), **environment} if processes > 1 else {**os.environ, **environment})
+                          env={**os.environ, **environment})
     assert (done.returncode == 0) == (expect == 0) and (processes > 1 or done.returncode == expect), (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
     return done.stdout, done.stderr
 
@@ -127,8 +127,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(toy, tmp_path):
 def test_two_processes_give_the_same_clusters_scores_and_losses(toy, tmp_path):
     out, common = toy
     script("cluster.py", "--out", tmp_path / "two", *common[2:], "--checkpoint", out / "simsiam.pt", "--amp", "off", "--epochs", "5", "--balanced", processes=2)
-    # fp32 features differ in their last bits where a batch's size decides the order of sums: an image between two centroids may change
-    assert (np.load(tmp_path / "two" / "clusters.npy") == np.load(out / "clusters.npy")).mean() > 0.97
+    assert np.array_equal(np.load(tmp_path / "two" / "clusters.npy"), np.load(out / "clusters.npy"))
     script("route.py", "--out", tmp_path / "two", "--checkpoint", out / "sdrnet.pt", "--amp", "off", "--task", "toy:weaves", processes=2)
     assert np.allclose(np.load(tmp_path / "two" / "toy-weaves" / "scores.npy"), np.load(out / "toy-weaves" / "scores.npy"), atol=0.26)      # one image of 400
     script("pretrain.py", "--out", tmp_path / "two", *common[2:], *SMALL, "--epochs", "2", "--clusters", out / "clusters.npy", "--init", out / "simsiam.pt", processes=2)
