@@ -136,8 +136,8 @@ def say(*words, **options):
 
 
 def keep_memory():
-    """Lets glibc keep what tensors free. Given back to the kernel, every 4 KiB of the next step costs a page fault: 13 %
-    of a toy step and 30 % of the views on CPU."""
+    """Lets glibc keep what tensors free. Given back to the kernel, every 4 KiB of the next step costs a page fault: 13 % of
+    a toy step, 20 % of a step of ResNet-18 with small stem at B = 256, and 30 % of the views, on CPU."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2 ** 31 - 1), libc.mallopt(-3, 2 ** 30)       # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
