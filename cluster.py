@@ -38,7 +38,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
@@ -69,7 +68,7 @@ class Features:
             total += F.normalize(part.double()).sum(0)
             Signals.poll()
         total = torch.cat([total, torch.tensor([float(finite)], dtype=torch.float64)]).to(device)
-        self.sum(total)
+        sdrnet.add_up(total)
         if total[-1] < world_size():
             raise InputError("the features hold values that are not finite")
         self.mean = (total[:-1] / self.count).to(self.dtype)
@@ -83,12 +82,6 @@ class Features:
         part = torch.from_numpy(np.ascontiguousarray(self.array[self.rows(b)])).to(self.device, self.dtype)
         return F.normalize(F.normalize(part) - self.mean)
 
-    def sum(self, tensor):
-        """Adds up a tensor over the processes, in place."""
-        if world_size() > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
 
 def posterior(scores, v, eps):
     """log of U's rows, each summing to 1: log softmax(S / eps + v). The row potential u_i is solved for exactly, so
@@ -96,7 +89,7 @@ def posterior(scores, v, eps):
     return torch.log_softmax(scores / eps + v.to(scores.dtype), 1)
 
 
-def sinkhorn(chunks, k, count, eps, v=None, tolerance=0.01, iterations=500, add_up=lambda t: t):
+def sinkhorn(chunks, k, count, eps, v=None, tolerance=0.01, iterations=500):
     """Column potentials of the balanced assignment (equation above).
 
     chunks: () -> iterator of score blocks (n, k), all rows once per call. v: potentials to start from, float64 (k,).
@@ -110,7 +103,7 @@ def sinkhorn(chunks, k, count, eps, v=None, tolerance=0.01, iterations=500, add_
         for scores in chunks():
             mass += posterior(scores, v, eps).exp_().sum(0, dtype=torch.float64)
             Signals.poll()
-        mass = add_up(mass) * k / count
+        mass = sdrnet.add_up(mass) * k / count
         error = (mass - 1).abs().max().item()
         if error <= tolerance:
             break
@@ -144,7 +137,7 @@ def learn(features, k, *, eps, temperature, epochs, rate, seed):
             gradient = (logp.exp() - u).T @ f          # (k, D)
             sums = torch.cat([gradient.flatten().double(), u.sum(0, dtype=torch.float64),
                               torch.stack([-(u * logp).sum(), s.max(1).values.sum(), s.new_tensor(float(len(s)))]).double()])
-            gradient, mass, (ce, best, n) = features.sum(sums).split([k * f.shape[1], k, 3])
+            gradient, mass, (ce, best, n) = sdrnet.add_up(sums).split([k * f.shape[1], k, 3])
             c = F.normalize(c - (step * k / n * gradient.view(k, -1)).to(c.dtype))
             v -= DAMPING * torch.log((mass * k / n).clamp(min=1e-3, max=1e3))
             loss, fit = loss + ce.item(), fit + best.item()
@@ -202,10 +195,10 @@ def cluster(array, k, device, *, eps=0.05, temperature=1.0, epochs=20, rate=1.0,
     keep = features.count * k * 4 // world_size() <= 2 << 30           # S in memory, or computed anew each time
     kept = [(features.block(b) @ c.T).to(torch.float32 if features.dtype == torch.float32 else torch.float64) for b in range(features.blocks)] if keep else None
     chunks = lambda: iter(kept) if keep else (features.block(b) @ c.T for b in range(features.blocks))
-    v, error, iterations = sinkhorn(chunks, k, features.count, eps, v, add_up=features.sum)
+    v, error, iterations = sinkhorn(chunks, k, features.count, eps, v)
 
     sharp = eps / 4 if balanced else eps               # U's argmax is balanced as far as U is hard
-    w = sinkhorn(chunks, k, features.count, sharp, v * eps / sharp, add_up=features.sum)[0] if balanced else v
+    w = sinkhorn(chunks, k, features.count, sharp, v * eps / sharp)[0] if balanced else v
 
     clusters = torch.zeros(features.count, dtype=torch.int64, device=device)
     top = min(64, features.count)
@@ -223,11 +216,11 @@ def cluster(array, k, device, *, eps=0.05, temperature=1.0, epochs=20, rate=1.0,
         near_score, place = both_score.topk(top, 1)
         near = both.gather(1, place)
         Signals.poll()
-    features.sum(clusters), features.sum(figures)
+    sdrnet.add_up(clusters), sdrnet.add_up(figures)
     if world_size() > 1:                               # the nearest of all processes' nearest
         table = torch.zeros(world_size(), 2, k, top, dtype=torch.float64, device=device)
         table[rank(), 0], table[rank(), 1] = near_score, near.double()
-        features.sum(table)
+        sdrnet.add_up(table)
         both_score, both = table[:, 0].transpose(0, 1).flatten(1), table[:, 1].transpose(0, 1).flatten(1).long()
         near = both.gather(1, both_score.topk(top, 1).indices)
     clusters, near = clusters.cpu().numpy(), near.cpu().numpy()
@@ -383,8 +376,7 @@ def sept(args, array, images, targets, net, size, device):
         os.makedirs(args.out, exist_ok=True)
         listing = np.unique(load_array(args.subset, "i", 1)) if args.subset else np.arange(len(array))
         if images is not None:
-            pixels = lambda images, i: images.packed[images.present([i])[0]] if images.packed is not None else images.pixels(i)
-            both = argparse.Namespace(packed=None, pixels=lambda i: pixels(images, i) if i < len(images) else pixels(targets, i - len(images)))
+            both = argparse.Namespace(pixels=lambda i: images.pixels(i) if i < len(images) else targets.pixels(i - len(images)))
             shown = np.unique(np.linspace(0, len(targets) - 1, 12).astype(int))
             contact_sheet(both, [[len(images) + t, *claims[t::len(targets)][:SHEET]] for t in shown], os.path.join(args.out, "subset.png"))
         save_array(os.path.join(args.out, "subset.npy"), listing[np.sort(claims)])

@@ -60,7 +60,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -446,11 +446,10 @@ def resnet(config):
 def shape_of(weights):
     """The shape of the ResNet that a state dict under torchvision's names belongs to. Raises InputError, KeyError."""
     depths = tuple(len({k.split(".")[1] for k in weights if k.startswith(f"layer{s}.")}) for s in (1, 2, 3, 4))
-    arch = next((a for a, shape in sdrnet.ARCHS.items() if shape == ("layer1.0.conv3.weight" in weights, depths)), None)
-    if arch is None:
-        raise InputError(f"blocks {depths} are not those of {', '.join(sdrnet.ARCHS)}")
+    bottleneck = "layer1.0.conv3.weight" in weights
+    arch = next((a for a, shape in sdrnet.ARCHS.items() if shape == (bottleneck, depths)), "resnet50" if bottleneck else "resnet18")
     return {"arch": arch, "widths": [len(weights[f"layer{s}.0.conv1.weight"]) for s in (1, 2, 3, 4)], "stem": len(weights["conv1.weight"]),
-            "small_stem": weights["conv1.weight"].shape[-1] == 3}
+            "small_stem": weights["conv1.weight"].shape[-1] == 3, "depths": list(depths)}
 
 
 def read_backbone(source, path=None):
@@ -519,26 +518,11 @@ class Trunk(nn.Module):
         return maps if self.pyramid is None else self.pyramid(maps)
 
 
-class Crop(nn.Module):
-    """Form c4's RoIAlign on its one map: half-pixel aligned, as many samples per cell as there are pixels."""
-
-    def __init__(self, size, stride):
-        super().__init__()
-        self.size, self.stride = size, stride
+class Crop(RoIAlign):
+    """Form c4's RoIAlign, on its one map."""
 
     def forward(self, features, proposals, shapes):    # -> (rois, C, size, size)
-        return roi_align(features["0"], proposals, self.size, 1 / self.stride, 0, aligned=True)
-
-
-class StageHead(nn.Module):
-    """Form c4: stage 4 and one more BatchNorm on each region, (rois, C3, size, size) -> (rois, C4)."""
-
-    def __init__(self, layer4, channels):
-        super().__init__()
-        self.layer4, self.norm = layer4, Norm(channels)
-
-    def forward(self, x):
-        return self.norm(self.layer4(x)).mean((2, 3))
+        return super().forward(features["0"], proposals)
 
 
 class Anchors(AnchorGenerator):
@@ -592,10 +576,11 @@ def build(net, config):
     small = config["test_side"] <= 256                 # sizes were published for images of 800 pixels
     sizes = [s * config["test_side"] / 800 for s in (32, 64, 128, 256, 512)]
     if config["form"] == "c4":
-        head, features = StageHead(net.layer4, net.features), net.features
+        parts = dict(layer4=net.layer4, norm=Norm(net.features), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten())       # (rois, C3, size, size) -> (rois, C4)
+        head, features = nn.Sequential(collections.OrderedDict(parts)), net.features
         net.layer4 = None
         trunk = Trunk(net, (3,), channels[2])
-        anchors, crop = Anchors((tuple(sizes),), ((0.5, 1.0, 2.0),)), Crop(8 if small else 14, 4 * stem)
+        anchors, crop = Anchors((tuple(sizes),), ((0.5, 1.0, 2.0),)), Crop(8 if small else 14, 1 / (4 * stem), 0, aligned=True)        # half-pixel aligned, as many samples per cell as pixels
         before, after = (12000, 6000), (2000, 1000)    # proposals of an image before and after suppression: training, test
     else:
         stages, wide = (1, 2, 3, 4) if stem == 4 else (2, 3, 4), 256 if net.features >= 1024 else 64
@@ -766,24 +751,13 @@ def detect(model, scenes, args, device):
         rows.append(np.column_stack([np.full(len(boxes), i), out["labels"] - 1, out["scores"], boxes]))
         Signals.poll()
         shown = tell(f"detecting: {(n + 1) * world_size():,} of {len(scenes):,} images", shown)
-    if sorted(gather(np.array(mine, float)[:, None], device)[:, 0]) != list(range(len(scenes))):
-        raise RuntimeError("an image was not evaluated exactly once")
-    table = gather(np.concatenate(rows), device)
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, np.concatenate(rows))
+        rows = parts
+    table = np.concatenate(rows)
     table = table[np.argsort(table[:, 0], kind="stable")]              # (m, 7): image, label, score, box
     return {"image": table[:, 0].astype(int), "label": table[:, 1].astype(int), "score": table[:, 2], "box": table[:, 3:]}
-
-
-def gather(array, device):
-    """The rows (n, k), float64, of all processes, on all of them."""
-    if world_size() == 1:
-        return array
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    counts[rank()] = len(array)
-    dist.all_reduce(counts)
-    table = torch.zeros(world_size(), max(1, int(counts.max())), array.shape[1], dtype=torch.float64, device=device)
-    table[rank(), :len(array)] = torch.from_numpy(array).to(device)
-    dist.all_reduce(table)                             # each row is filled by one process: the sum is a gather
-    return np.concatenate([part[:n].cpu().numpy() for part, n in zip(table, counts.tolist())])
 
 
 # ---------------------------------------------------------------------------- choosing by early stopping

@@ -387,6 +387,8 @@ class Images:
 
     def pixels(self, i):
         """Image i or its stand-in, uint8 (3, H, W). Raises InputError as `decode` does."""
+        if self.packed is not None:
+            return self.packed[self.present([i])[0]]
         image, broken = self.attempt(i, lambda image: image)
         if image is None:
             raise self.refusal(*next(iter(broken.items())))
@@ -592,7 +594,7 @@ def contact_sheet(images, rows, path, size=64):
     tiles = torch.full((len(rows) * width, 3, size, size), 255, dtype=torch.uint8)
     for a, row in enumerate(rows):
         for b, i in enumerate(row):
-            image = images.packed[images.present([int(i)])[0]] if images.packed is not None else images.pixels(int(i))
+            image = images.pixels(int(i))
             tiles[a * width + b] = plain_crop(plain_crop(image, min(size, min(image.shape[1:]))), size)
     with sdrnet.whole(path) as file:
         file.write(encode_png(make_grid(tiles, width, padding=2, pad_value=255)).numpy().tobytes())
@@ -793,9 +795,6 @@ class PlainCrops(torch.utils.data.Dataset):
     def __init__(self, images, size):
         self.images, self.size = images, size
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, i):
         return self.images.attempt(i, lambda image: plain_crop(image, self.size))
 
@@ -808,6 +807,12 @@ def quiet_worker(_):
     torch.set_num_threads(1)
 
 
+def loader(crops, batch_sampler, workers):
+    """Lists of what the data set `crops` gives, by forked processes."""
+    return torch.utils.data.DataLoader(crops, batch_sampler=batch_sampler, num_workers=workers, worker_init_fn=quiet_worker, collate_fn=list,
+                                       prefetch_factor=3 if workers else None, multiprocessing_context="fork" if workers else None)
+
+
 def batches(images, size, batch=256, workers=0, mine=True, order=None):
     """Yields (positions, uint8 (b, 3, size, size)) in fixed batches of the listing, or of the indices `order`; with
     mine, only those of this process (every world_size-th)."""
@@ -818,9 +823,7 @@ def batches(images, size, batch=256, workers=0, mine=True, order=None):
         for block in blocks:
             yield block, plain_crop(images.packed[torch.from_numpy(images.present(order[block]))], size)
         return
-    loader = torch.utils.data.DataLoader(PlainCrops(images, size), batch_sampler=[order[b].tolist() for b in blocks],
-                                         num_workers=workers, worker_init_fn=quiet_worker, collate_fn=list, multiprocessing_context="fork" if workers else None)
-    for block, items in zip(blocks, loader):
+    for block, items in zip(blocks, loader(PlainCrops(images, size), [order[b].tolist() for b in blocks], workers)):
         for crop, broken in items:
             images.bad.update(broken)
             if crop is None:
@@ -829,26 +832,20 @@ def batches(images, size, batch=256, workers=0, mine=True, order=None):
 
 
 @torch.no_grad()
-def embed(net, images, path=None, *, size, device, amp="auto", workers=0, batch=256, what="features"):
-    """Pooled features of every image at its index: float32 (N, D) on the CPU, on every process. path: a sub-net's, or
-    None for the largest network (or for a plain network). Batches are shared out over the processes."""
+def embed(net, images, *, size, device, amp="auto", workers=0, batch=256, what="features"):
+    """Pooled features of every image at its index, by the largest network or a plain one: float32 (N, D) on the CPU, on
+    every process. Batches are shared out over the processes."""
     net.eval()
-    table, began, done = None, time.time(), 0
+    table, began, done = torch.zeros(len(images), net.features), time.time(), 0
     for block, pixels in batches(images, size, batch, workers):
         with autocast(device, amp):
-            x = plain_input(pixels, device)
-            f = (net(x) if path is None else net(x, path)).float().cpu()
-        table = torch.zeros(len(images), f.shape[1]) if table is None else table
-        table[torch.from_numpy(block)] = f
+            table[torch.from_numpy(block)] = net(plain_input(pixels, device)).float().cpu()
         Signals.poll()
         done += len(block)
         if time.time() - began > 5 and sys.stdout.isatty():
             say(f"\r{what}: {done * world_size():,} of {len(images):,}", end="")
-    if world_size() > 1:
-        table = torch.zeros(len(images), net.features if path is None else net.sub_features) if table is None else table
-        table = table.to(device)
-        dist.all_reduce(table)                         # each row is on one process: the sum is a gather
-        table = table.cpu()
+    if world_size() > 1:                               # each row is on one process: the sum is a gather
+        table = sdrnet.add_up(table.to(device)).cpu()
     images.share()
     return table
 
@@ -1029,11 +1026,9 @@ class SDR(nn.Module):
         net, m = self.net, len(paths)
         stem = net.stem(x, "batch")
         z = encode(net, self.projector, stem)
-        target = z if self.target is None else self.aim(x)
+        target = keys = z if self.target is None else self.aim(x)
         own = symmetric(self.predictor(z), target, self.distance)                # L_ssl(D0; W0)
         kd = sum((p.sum() for p in self.distiller.parameters()), x.new_zeros(())) * 0              # every parameter has a gradient, for DDP
-        if self.objective == "mocov2":
-            new_keys = target.detach()
         if m and sub_x is None:                        # sizes: the same batch and target
             z_i = torch.cat([encode(net, self.projector, stem, [size]) for size in paths], 1)                       # (2B, m, d)
             target = target[:, None].expand(-1, m, -1)
@@ -1048,14 +1043,11 @@ class SDR(nn.Module):
                 with torch.no_grad():                  # z_0 of the same images: what the largest network is right now
                     z_0 = side(encode(net, self.projector, s, None, "last"))
                 kd = symmetric(self.distiller(z_i), z_0).mean() if self.distill == "siamkd" else kd + F.mse_loss(z_i.float(), z_0.float())
-        loss, values = own, [torch.stack([own, own * 0, kd, spread(z)])]
-        if m:
-            each = symmetric(self.predictor(z_i), target, self.distance)         # (m,): L_ssl(D_i; W_i)
-            values = [torch.stack([own, each.mean(), kd, spread(z)]), each, spread(z_i)]
-            loss = own + each.mean()
+        each = symmetric(self.predictor(z_i), target, self.distance) if m else own[None] * 0     # (m,): L_ssl(D_i; W_i)
+        values = [torch.stack([own, each.mean(), kd, spread(z)]), *([each, spread(z_i)] if m else [])]
         if self.objective == "mocov2":
-            self.enqueue(new_keys)
-        return loss + self.kd_weight * kd, torch.cat([v.detach() for v in values])
+            self.enqueue(keys)
+        return own + each.mean() + self.kd_weight * kd, torch.cat([v.detach() for v in values])
 
 
 @torch.no_grad()
@@ -1107,22 +1099,14 @@ class Plan:
         ends = np.cumsum(phases) / sum(phases) * self.steps
         self.phase_ends = [int(round(e)) for e in ends]
         self.members = None if clusters is None else [np.flatnonzero(clusters == i) for i in range(groups ** sdrnet.STAGES)]
-        self.permutations = {}
+        self.permutation = functools.lru_cache(3)(lambda epoch: np.random.default_rng([seed, 1, epoch]).permutation(count))
 
     def phase(self, step):
         return 0 if self.clusters is None else next(p for p, end in enumerate(self.phase_ends) if step < end)
 
     def uniform(self, step):
         """B indices: the next ones of an endless row of permutations of the images, an epoch each."""
-        chosen = []
-        for at in range(step * self.batch, (step + 1) * self.batch):
-            epoch, place = divmod(at, self.count)
-            if epoch not in self.permutations:
-                if len(self.permutations) > 2:
-                    self.permutations.clear()
-                self.permutations[epoch] = np.random.default_rng([self.seed, 1, epoch]).permutation(self.count)
-            chosen.append(self.permutations[epoch][place])
-        return np.array(chosen)
+        return np.array([self.permutation(at // self.count)[at % self.count] for at in range(step * self.batch, (step + 1) * self.batch)])
 
     def step(self, step):
         """(indices of the largest network's B images, [(sub-net, indices of its images), ...])."""
@@ -1137,16 +1121,11 @@ class Plan:
 
     def mine(self, step):
         """This process's part of a step: (indices, their rows in the table of draws, sub-nets, rows of all in the table)."""
-        world, r = world_size(), rank()
         uniform, subs = self.step(step)
-        part = lambda n: np.arange(n * r // world, n * (r + 1) // world)
-        rows = [part(self.batch)]
-        index = [uniform[rows[0]]]
-        for j, (_, chosen) in enumerate(subs):
-            own = part(self.rows)
-            index.append(chosen[own])
-            rows.append(self.batch + j * self.rows + own)
-        return np.concatenate(index), np.concatenate(rows), [i for i, _ in subs], self.batch + len(subs) * self.rows
+        index = np.concatenate([uniform, *(chosen for _, chosen in subs)])         # of all processes
+        part = lambda start, n: start + np.arange(n * rank() // world_size(), n * (rank() + 1) // world_size())
+        rows = np.concatenate([part(0, self.batch), *(part(self.batch + j * self.rows, self.rows) for j in range(len(subs)))])
+        return index[rows], rows, [i for i, _ in subs], len(index)
 
 
 class TrainCrops(torch.utils.data.Dataset):
@@ -1169,19 +1148,15 @@ def training_batches(images, plan, first, *, size, seed, device, workers, blurre
     """Yields (step, x (2B', 3, S, S), sub_x or None, sub-nets) of this process, from step `first` on."""
     def tables():
         for step in range(first, plan.steps):
-            index, rows, subs, total = plan.mine(step)
-            yield index, draws(seed, step, total)[torch.from_numpy(rows)]
+            index, rows, subs, total = plan.mine(step)             # the first `own` rows are the largest network's
+            yield step, index, draws(seed, step, total)[torch.from_numpy(rows)], subs, int((rows < plan.batch).sum())
+    now, ahead = itertools.tee(tables())               # the loader's workers are some steps ahead
     if images.packed is None:
-        loader = torch.utils.data.DataLoader(
-            TrainCrops(images, size), batch_sampler=([(int(i), row) for i, row in zip(*t)] for t in tables()),
-            num_workers=workers, worker_init_fn=quiet_worker, collate_fn=list, prefetch_factor=3 if workers else None,
-            multiprocessing_context="fork" if workers else None)
-        source = iter(loader)
+        source = iter(loader(TrainCrops(images, size), ([(int(i), row) for i, row in zip(index, u)] for _, index, u, *_ in ahead), workers))
     else:
+        del ahead                                      # else all of it would be kept
         pool = images.packed.to(device) if images.packed.numel() < 8 << 30 else images.packed
-    for step in range(first, plan.steps):
-        index, rows, subs, total = plan.mine(step)
-        u = draws(seed, step, total)[torch.from_numpy(rows)]
+    for step, index, u, subs, own in now:
         if images.packed is None:
             crops, broken = zip(*next(source))
             for part in broken:
@@ -1193,11 +1168,10 @@ def training_batches(images, plan, first, *, size, seed, device, workers, blurre
         else:
             pixels = pool[torch.from_numpy(images.present(index)).to(pool.device)].to(device)
             both = [views(pixels, u[:, v], size, False, blurred) for v in (0, 1)]
-        m, own = len(subs), int((rows < plan.batch).sum())             # the first `own` rows are the largest network's
         x = torch.cat([v[:own] for v in both])
         sub_x = None
-        if m:
-            sub_x = torch.stack([v[own:].unflatten(0, (m, -1)) for v in both], 1).flatten(0, 2)    # (m, 2, b, ...) -> (m 2b, ...)
+        if subs:
+            sub_x = torch.stack([v[own:].unflatten(0, (len(subs), -1)) for v in both], 1).flatten(0, 2)    # (m, 2, b, ...) -> (m 2b, ...)
             sub_x = sub_x.contiguous(memory_format=torch.channels_last)
         yield step, x.contiguous(memory_format=torch.channels_last), sub_x, subs
 
@@ -1281,11 +1255,7 @@ def sandwich(net, seed):
 
 def agree(values, device):
     """The mean over the processes of a vector of floats, in float64: one all-reduce."""
-    table = values.double().to(device)
-    if world_size() > 1:
-        dist.all_reduce(table)
-        table /= world_size()
-    return table.tolist()
+    return (sdrnet.add_up(values.double().to(device)) / world_size()).tolist()
 
 
 def keep(path, older, content):
@@ -1358,7 +1328,6 @@ def train(model, images, plan, args, device, paths, config, tasks):
         keep(*paths, {"format": sdrnet.FORMAT, "kind": "training", "config": config, "step": step, "images_seen": seen,
                       "seconds": spent + time.time() - began, "bad_images": dict(images.bad), "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
-    model.train()
     for step, x, sub_x, subs in training_batches(images, plan, first, size=args.image_size, seed=args.seed, device=device, workers=args.workers, blurred=args.blur):
         log.wait += time.time() - mark
         if subs and (step == 0 or not plan.phase(step - 1)):           # sub-nets enter: q starts as a copy of h
@@ -1393,7 +1362,6 @@ def train(model, images, plan, args, device, paths, config, tasks):
         log.show(line)
         if tasks and log.ends_epoch(step) and ((step + 1) // log.per_epoch % args.monitor_every == 0 or step + 1 == plan.steps):
             line["knn"] = monitor(model.net, tasks, args, device)
-            model.train()
         log.add(**line)
         collapsed = min(std, low) < args.collapse_std
         if collapsed and not log.warned:
@@ -1425,9 +1393,10 @@ def monitor(net, tasks, args, device):
 
 RECIPES = {                                            # values that no option gave
     "toy":   dict(arch="resnet18", width=16, small_stem=False, image_size=32, epochs=20, batch_size=64, lr=0.06, weight_decay=5e-4, layers=2, head=512, blur=0.0, subnets=2),
-    "small": dict(arch="resnet18", width=64, small_stem=True, image_size=None, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048, blur=0.0, subnets=2),
-    "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, lr=0.1, weight_decay=1e-4, layers=3, head=2048, blur=0.5, subnets=2),
+    "small": dict(arch="resnet18", width=64, small_stem=True, epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, layers=2, head=2048, blur=0.0, subnets=2),
+    "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, epochs=100, batch_size=512, weight_decay=1e-4, layers=3, head=2048, blur=0.5, subnets=2),
 }
+OBJECTIVES = {"simsiam": {}, "byol": dict(tau=0.996), "mocov2": dict(tau=0.999, temperature=0.2, queue=4096)}
 NOT_COMPARED = {"out", "device", "workers", "root", "download", "save_every", "fresh", "monitor_task", "monitor_every", "stop_on_collapse", "collapse_std", "max_bad"}
 OF_SUBNETS = {"shared", "subnets", "sub_batch", "shared_grad", "distill", "kd_weight", "phases"}      # nothing to a network that trains alone
 
@@ -1521,18 +1490,17 @@ def load_clusters(path, images):
 def fill_defaults(args, images):
     """Values in force: what was given, else the recipe for these images."""
     recipe = "toy" if args.data == "toy" else "small" if images.packed is not None else "large"
+    values = {**RECIPES[recipe], **OBJECTIVES[args.objective], **({"tau": 0.99} if recipe == "toy" and args.objective != "simsiam" else {})}
+    if recipe == "small":
+        values.update(image_size=int(min(images.packed.shape[2:])))
+    if recipe == "large":
+        values.update({"byol": {"head": 4096}, "mocov2": {"queue": 65536}}.get(args.objective, {}),
+                      lr=(0.03 if args.objective == "mocov2" else 0.05) * (args.batch_size or values["batch_size"]) / 256)
     if args.clusters:                                  # with 3B images for sub-nets beside B: as many images in all as SimSiam saw
-        args.epochs = args.epochs or RECIPES[recipe]["epochs"] / 4
-        args.lr = args.lr or (0.04 if recipe == "toy" else None)
-    tau = {} if args.objective == "simsiam" else {"tau": 0.99 if recipe == "toy" else 0.996 if args.objective == "byol" else 0.999}
-    own = {"simsiam": {}, "byol": {"head": 4096} if recipe == "large" else {}, "mocov2": {"temperature": 0.2, "queue": 65536 if recipe == "large" else 4096}}
-    for key, value in {**RECIPES[recipe], **tau, **own[args.objective]}.items():
+        values.update(epochs=values["epochs"] / 4, lr=0.04 if recipe == "toy" else values["lr"])
+    for key, value in values.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    if args.image_size is None:
-        args.image_size = int(min(images.packed.shape[2:]))
-    if recipe == "large" and args.lr == RECIPES["large"]["lr"]:
-        args.lr = (0.03 if args.objective == "mocov2" else 0.05) * args.batch_size / 256
     if args.image_size < 8 or args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0 or args.subnets < 1:
         raise InputError("--image-size must be at least 8, --epochs, --lr and --subnets positive, --batch-size at least 2")
     if not 0 <= (args.tau or 0) < 1 or min(1 if v is None else v for v in (args.queue, args.temperature)) <= 0:
@@ -1552,16 +1520,12 @@ def initial_weights(model, path, args):
     if ours:
         content = sdrnet.load(path, ("simsiam", "sdrnet"))
     weights = content["backbone"] if ours else content
-    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
-        raise InputError(f"{path} holds no weights: a simsiam.pt, or a torchvision ResNet's state dict, is needed")
-    weights = {k: v for k, v in weights.items() if ours or not k.startswith("fc.")}
-    own = model.net.state_dict()
-    wrong = [k for k in sorted(set(own) | set(weights)) if k not in own or k not in weights or own[k].shape != weights[k].shape]
-    if wrong:
-        k = wrong[0]
-        raise InputError(f"{path} is of another architecture than {args.arch} of width {args.width}{' with small stem' if args.small_stem else ''}: "
-                         f"{k} is {tuple(weights[k].shape) if k in weights else 'missing'} there, {tuple(own[k].shape) if k in own else 'missing'} here")
-    model.net.load_state_dict(weights)
+    try:
+        weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
+        model.net.load_state_dict(weights)
+    except (AttributeError, RuntimeError) as error:    # no dict of names; the second line of torch's own names the first that is wrong
+        raise InputError(f"{path} holds no weights, or those of another architecture than {args.arch} of width {args.width}"
+                         f"{' with small stem' if args.small_stem else ''}: {str(error).splitlines()[-1].strip()[:200]}") from None
     heads = 0
     if ours:
         for name in HEADS:
@@ -1569,7 +1533,7 @@ def initial_weights(model, path, args):
             if isinstance(part, dict) and {k: getattr(v, "shape", None) for k, v in part.items()} == {k: v.shape for k, v in module.state_dict().items()}:
                 module.load_state_dict(part)
                 heads += len(part)
-    say(f"{path}: loaded {len(weights)} of {len(own)} tensors of the network, {heads} of the heads")
+    say(f"{path}: loaded all {len(weights)} tensors of the network, {heads} of the heads")
 
 
 @torch.no_grad()

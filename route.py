@@ -40,6 +40,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 
 import sdrnet
 from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, make_heads, open_images,
@@ -53,26 +54,25 @@ def named_task(name, root, download):
     """One of the eleven tasks by name, with its official split (train and validation joined) and metric."""
     from torchvision import datasets as D
     on = dict(root=root, download=download)
-    split = lambda make, *parts: (lambda: [make(p) for p in parts])
-    table = {                                          # name: training part, test part, metric
-        "aircraft": (split(lambda p: D.FGVCAircraft(split=p, **on), "trainval"), split(lambda p: D.FGVCAircraft(split=p, **on), "test"), "mean-per-class"),
-        "caltech101": (lambda: [caltech_part(root, download, True)], lambda: [caltech_part(root, download, False)], "mean-per-class"),
-        "cars": (split(lambda p: D.StanfordCars(root, p), "train"), split(lambda p: D.StanfordCars(root, p), "test"), "top-1"),
-        "cifar10": (lambda: [D.CIFAR10(train=True, **on)], lambda: [D.CIFAR10(train=False, **on)], "top-1"),
-        "cifar100": (lambda: [D.CIFAR100(train=True, **on)], lambda: [D.CIFAR100(train=False, **on)], "top-1"),
-        "dtd": (split(lambda p: D.DTD(split=p, **on), "train", "val"), split(lambda p: D.DTD(split=p, **on), "test"), "top-1"),
-        "flowers": (split(lambda p: D.Flowers102(split=p, **on), "train", "val"), split(lambda p: D.Flowers102(split=p, **on), "test"), "mean-per-class"),
-        "food": (split(lambda p: D.Food101(split=p, **on), "train"), split(lambda p: D.Food101(split=p, **on), "test"), "top-1"),
-        "pets": (split(lambda p: D.OxfordIIITPet(split=p, **on), "trainval"), split(lambda p: D.OxfordIIITPet(split=p, **on), "test"), "mean-per-class"),
-        "sun397": (lambda: [sun_part(root, download, "Training_01.txt")], lambda: [sun_part(root, download, "Testing_01.txt")], "top-1"),
-        "voc2007": (lambda: [D.VOCDetection(year="2007", image_set="trainval", **on)], lambda: [D.VOCDetection(year="2007", image_set="test", **on)], "mAP"),
+    table = {                                          # name: one part, those of training, those of test, metric
+        "aircraft": (lambda p: D.FGVCAircraft(split=p, **on), ["trainval"], ["test"], "mean-per-class"),
+        "caltech101": (lambda p: caltech_part(root, download, p), [True], [False], "mean-per-class"),
+        "cars": (lambda p: D.StanfordCars(root, p), ["train"], ["test"], "top-1"),
+        "cifar10": (lambda p: D.CIFAR10(train=p, **on), [True], [False], "top-1"),
+        "cifar100": (lambda p: D.CIFAR100(train=p, **on), [True], [False], "top-1"),
+        "dtd": (lambda p: D.DTD(split=p, **on), ["train", "val"], ["test"], "top-1"),
+        "flowers": (lambda p: D.Flowers102(split=p, **on), ["train", "val"], ["test"], "mean-per-class"),
+        "food": (lambda p: D.Food101(split=p, **on), ["train"], ["test"], "top-1"),
+        "pets": (lambda p: D.OxfordIIITPet(split=p, **on), ["trainval"], ["test"], "mean-per-class"),
+        "sun397": (lambda p: sun_part(root, download, p), ["Training_01.txt"], ["Testing_01.txt"], "top-1"),
+        "voc2007": (lambda p: D.VOCDetection(year="2007", image_set=p, **on), ["trainval"], ["test"], "mAP"),
     }
     if name not in table:
         return None
     if not root:
         raise InputError(f"task {name}: name the folder it lies in with --root")
-    train, test, metric = table[name]
-    return Task(name, torchvision_listing(train, name), torchvision_listing(test, name), metric)
+    make, *parts, metric = table[name]
+    return Task(name, *(torchvision_listing(lambda: [make(p) for p in names], name) for names in parts), metric)
 
 
 def caltech_part(root, download, train):
@@ -263,17 +263,10 @@ def sizes_in_window(net, size, low, high, samples, seed):
     return sorted(inside[i] for i in chosen)
 
 
-@torch.no_grad()
 def measured(plain, pixels, device, batch=256):
     """A plain network whose BatchNorm statistics are those of these images: the average over batches."""
-    for module in plain.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None                     # torch's word for a plain average
-    plain.to(device, memory_format=torch.channels_last).train()
-    for part in np.array_split(np.random.default_rng(0).permutation(len(pixels)), math.ceil(len(pixels) / batch)):
-        plain(plain_input(pixels[torch.from_numpy(part)], device))
-        Signals.poll()
+    parts = np.array_split(np.random.default_rng(0).permutation(len(pixels)), math.ceil(len(pixels) / batch))
+    update_bn((Signals.poll() or plain_input(pixels[torch.from_numpy(part)], device) for part in parts), plain.to(device, memory_format=torch.channels_last))
     return plain.eval()
 
 
@@ -346,21 +339,14 @@ def logistic_fit(x, y, decay, start=None, tolerance=1e-4, iterations=1000):
     from scipy.optimize import minimize
     n, d = x.shape
     c = y.shape[1] if y.dim() > 1 else int(y.max()) + 1
-    target = y.float() if y.dim() > 1 else F.one_hot(y, c).float()
 
     def objective(flat):
         Signals.poll()
-        w = torch.from_numpy(flat).float().view(d + 1, c)
-        logits = torch.addmm(w[d], x, w[:d])           # (N, C)
-        if y.dim() > 1:
-            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n
-            error = (torch.sigmoid(logits) - target) / n
-        else:
-            logp = torch.log_softmax(logits, 1)
-            loss = -(target * logp).sum() / n
-            error = (logp.exp() - target) / n
-        gradient = torch.cat([x.T @ error + decay * w[:d], error.sum(0, keepdim=True)])
-        return loss.item() + decay / 2 * w[:d].pow(2).sum().item(), gradient.double().flatten().numpy()
+        w, b = torch.from_numpy(flat).float().view(d + 1, c).requires_grad_().split([d, 1])
+        logits = torch.addmm(b, x, w)                  # (N, C)
+        loss = F.binary_cross_entropy_with_logits(logits, y.float(), reduction="sum") / n if y.dim() > 1 else F.cross_entropy(logits, y)
+        gradient = torch.cat(torch.autograd.grad(loss + decay / 2 * w.pow(2).sum(), (w, b)))
+        return loss.item() + decay / 2 * w.pow(2).sum().item(), gradient.double().flatten().numpy()
     start = np.zeros((d + 1) * c) if start is None else start
     found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"gtol": tolerance, "ftol": 64 * np.finfo(float).eps, "maxiter": iterations, "maxls": 50})
     return found.x.reshape(d + 1, c)
@@ -434,8 +420,8 @@ def export(plain, size, path):
     """A torch.export file: loads with torch.export.load(path).module() where no class of ours exists."""
     batch = torch.export.Dim("batch")
     program = torch.export.export(plain.float(), (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path + ".tmp.pt2")
-    os.replace(path + ".tmp.pt2", path)
+    with sdrnet.whole(path) as file:
+        torch.export.save(program, file)
 
 
 def route(net, content, task, others, args, device):

@@ -69,7 +69,7 @@ def path_to_index(path, groups):
     path = tuple(int(d) for d in path)
     if len(path) != STAGES or not all(0 <= d < groups for d in path):
         raise InputError(f"path {path} is not one of this network: it takes {STAGES} digits from 0 to {groups - 1}")
-    return sum(d * groups ** (STAGES - 1 - s) for s, d in enumerate(path))
+    return prefix_slot(path, groups)
 
 
 def index_to_path(index, groups):
@@ -81,10 +81,7 @@ def index_to_path(index, groups):
 
 def prefix_slot(prefix, groups):
     """The row of a stage's statistics that belongs to a prefix: its digits read in base g."""
-    slot = 0
-    for d in prefix:
-        slot = slot * groups + d
-    return slot
+    return functools.reduce(lambda slot, d: slot * groups + d, prefix, 0)
 
 
 # ---------------------------------------------------------------------------- slicing
@@ -327,10 +324,8 @@ class Block(nn.Module):
             setattr(self, f"bn{i}", norm(b))
         self.depth = len(shapes)
         self.downsample = None
-        if stride != 1 or bottleneck and inp != out:
-            self.downsample = nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), norm(out))
-        elif inp != out:                               # only in an extracted ResNet-18/34: selects the path's channels
-            self.downsample = nn.Sequential(nn.Conv2d(inp, out, 1, bias=False))
+        if stride != 1 or inp != out:                  # without BatchNorm only in an extracted ResNet-18/34: selects the path's channels
+            self.downsample = nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), *([norm(out)] if stride != 1 or bottleneck else []))
 
     def layers(self):
         """The (convolution, BatchNorm) pairs of the main branch, in order."""
