@@ -42,9 +42,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 import sdrnet
-from pretrain import (Parser, Signals, batches, common_options, computes_in_bf16, contact_sheet, data_options, embed, folder_listing, load_array, open_images, open_tasks,
+from pretrain import (TINY, Parser, Signals, batches, common_options, computes_in_bf16, contact_sheet, data_options, embed, folder_listing, load_array, number, open_images, open_tasks,
                       rank, run, save_array, save_json, say, start)
-from sdrnet import InputError, world_size
+from sdrnet import InputError, OwnError, world_size
 
 DAMPING = 0.2                                          # share of a Sinkhorn step that the potentials take per block
 SHEET = 10                                             # images per cluster, or per target, on the contact sheet
@@ -263,9 +263,7 @@ def candidates(pool, targets, m, taken, rows=2048):
         around = b - centre32
         column = b @ centre32 + slack * around.norm(dim=1) + 2e-6 + targets.shape[1] * 2.0 ** -24                     # ... and of b and <c, b>
         if not torch.isfinite(column).all():
-            error = InputError("the features hold values that are not finite")
-            error.one_rank = True
-            raise error
+            raise OwnError("the features hold values that are not finite")
         column[torch.from_numpy(taken[first:first + rows]).to(device)] = -math.inf
         bound = (front @ around.to(low).T).float().add_(column)        # (T, rows)
         bar = best[:, -1:] if first >= rows * world_size() else bound.topk(min(m, bound.shape[1]), 1).values[:, -1:]
@@ -345,7 +343,8 @@ def target_images(name, seed):
 
 
 def same_pixels(images, targets, size, workers):
-    """bool (N,): whether an image equals one of the targets, pixel by pixel as the network sees them."""
+    """float32 (N,): 1 where an image equals one of the targets, pixel by pixel as the network sees them, for the images of
+    this process; 0 elsewhere."""
     def digests(listing, mine):
         for block, pixels in batches(listing, size, workers=workers, mine=mine):
             yield from zip(block, (hashlib.sha256(p.numpy().tobytes()).digest() for p in pixels))
@@ -360,6 +359,9 @@ def same_pixels(images, targets, size, workers):
 def sept(args, array, images, targets, net, size, device):
     """--retrieve: from features (N, D) to subset.npy and the contact sheet."""
     began, taken = time.time(), np.zeros(len(array), bool)
+    listing = np.unique(load_array(args.subset, "i", 1)) if args.subset else np.arange(len(array))
+    if len(listing) != len(array):
+        raise InputError(f"{args.subset} names {len(listing)} images and {args.features} has {len(array)} rows")
     f = embed(net, targets, size=size, device=device, amp=args.amp, workers=args.workers)
     if f.shape[1] != array.shape[1]:
         raise InputError(f"{args.features} has {array.shape[1]} features an image and the checkpoint's network {f.shape[1]}: name the one that made them with --checkpoint")
@@ -374,7 +376,6 @@ def sept(args, array, images, targets, net, size, device):
     say(f"{args.budget:,} of {len(array):,} images for {len(targets):,} targets of {args.retrieve}: mean cosine {cosines.mean():.4f}, least {cosines.min():.4f}; {time.time() - began:.1f} s")
     if rank() == 0:
         os.makedirs(args.out, exist_ok=True)
-        listing = np.unique(load_array(args.subset, "i", 1)) if args.subset else np.arange(len(array))
         if images is not None:
             both = argparse.Namespace(pixels=lambda i: images.pixels(i) if i < len(images) else targets.pixels(i - len(images)))
             shown = np.unique(np.linspace(0, len(targets) - 1, 12).astype(int))
@@ -391,16 +392,16 @@ def parse(argv=None):
     group.add_argument("--features", help="use these instead: float32 .npy (N, D); --data then only makes the contact sheet and the listing's hash")
     group.add_argument("--save-features", action="store_true", help="write <out>/features.npy")
     group = parser.add_argument_group("clustering")
-    group.add_argument("--k", type=int, default=None, help="number of clusters, g^4 for a later SDR; default: 16 for toy, else 256")
-    group.add_argument("--eps", type=float, default=0.05, help="entropy's weight: small is hard, large is soft")
-    group.add_argument("--temperature", type=float, default=1.0, help="T of the softmax of cosines; see learn()")
-    group.add_argument("--epochs", type=int, help="passes of SGD over the features: 20, and 6 from 100,000 images on, where they did no worse")
-    group.add_argument("--rate", type=float, default=1.0, help="learning rate, 1 being about a k-means step per block")
+    group.add_argument("--k", type=number(int, 1), default=None, help="number of clusters, g^4 for a later SDR; default: 16 for toy, else 256")
+    group.add_argument("--eps", type=number(float, TINY), default=0.05, help="entropy's weight: small is hard, large is soft")
+    group.add_argument("--temperature", type=number(float, TINY), default=1.0, help="T of the softmax of cosines; see learn()")
+    group.add_argument("--epochs", type=number(int, 1), help="passes of SGD over the features: 20, and 6 from 100,000 images on, where they did no worse")
+    group.add_argument("--rate", type=number(float, TINY), default=1.0, help="learning rate, 1 being about a k-means step per block")
     group.add_argument("--balanced", action="store_true", help="assign by the posterior U, nearly equal sizes, instead of by S")
     group.add_argument("--order", choices=("tree", "none"), default="tree", help="tree: similar clusters share the first groups of their path")
     group = parser.add_argument_group("retrieval (SEPT), in place of clustering")
     group.add_argument("--retrieve", metavar="TASK", help="toy:WORLD, a task's folder (its train/), or a folder of images: the targets")
-    group.add_argument("--budget", type=int, help="K, images to retrieve from the pool --data, or --features")
+    group.add_argument("--budget", type=number(int, 1), help="K, images to retrieve from the pool --data, or --features")
     group.add_argument("--drop-duplicates", action="store_true", help="leave out images that equal a target, pixel by pixel as the network sees them")
     common_options(parser)
     args = parser.parse_args(argv)
@@ -413,8 +414,6 @@ def main():
     args = parse()
     device = start(args)
     k = args.k or (16 if args.data == "toy" else 256)
-    if k < 1 or args.eps <= 0 or args.temperature <= 0 or args.epochs is not None and args.epochs < 1:
-        raise InputError("--k and --epochs must be at least 1, --eps and --temperature positive")
     images = None
     if args.features is None or args.data != "toy":
         images = open_images(args).pack()
@@ -429,7 +428,7 @@ def main():
     count = len(array) if args.features is not None else len(images)
     if args.retrieve:
         targets = target_images(args.retrieve, args.seed).pack()
-        if not 1 <= args.budget <= count:
+        if args.budget > count:
             raise InputError(f"--budget {args.budget}: there are {count:,} images to retrieve from")
     elif k > count:
         raise InputError(f"--k {k} clusters cannot be made of {count} images")

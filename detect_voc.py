@@ -41,7 +41,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
@@ -65,9 +64,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 import sdrnet
-from pretrain import (MEAN, STD, VOC_CLASSES, Log, Parser, Plan, Signals, Stopped, agree, autocast, clock, common_options, due, keep,
-                      load_array, parallel, rank, restarted, resume, rgb, run, same_run, save_json, say, start, training_options)
-from sdrnet import InputError, ResNet, SDRNet, world_size
+from pretrain import (CORES, MEAN, STD, TINY, VOC_CLASSES, Log, Parser, Plan, Signals, Stopped, agree, autocast, clock, common_options, due, keep,
+                      load_array, number, parallel, rank, restarted, resume, rgb, run, same_run, save_json, say, start, tell, training_options)
+from sdrnet import InputError, OwnError, ResNet, SDRNet, world_size
 
 # Boxes are [x1, y1, x2, y2], float, continuous and from 0, so that a box's width is x2 - x1. VOC's files count pixels
 # from 1 and include both ends: [x1 + 1, y1 + 1, x2, y2] there.
@@ -235,9 +234,7 @@ class Scenes:
                 raise ValueError("it is {}x{}, its annotation says {}x{}".format(*image.size, *self.size[i]))
             return image
         except Exception as problem:                   # PIL raises nearly anything on a damaged file
-            error = InputError(f"image {self.names[i]} cannot be read ({type(problem).__name__}: {problem}); mend or remove it")
-            error.one_rank = True
-            raise error from None
+            raise OwnError(f"image {self.names[i]} cannot be read ({type(problem).__name__}: {problem}); mend or remove it") from None
 
     def example(self, i, side, longest, flip=False):
         """Image i, its short side scaled to `side` but the long one at most to `longest`, mirrored if asked:
@@ -398,9 +395,7 @@ def download(devkit, sets):
                 raise ValueError("--voc must end in VOCdevkit, as torchvision calls that folder")
             torchvision.datasets.VOCDetection(root, year=year, image_set=split, download=True)
         except (ValueError, RuntimeError, OSError) as reason:
-            error = InputError(f"--download of {part}: {reason}")
-            error.one_rank = True
-            raise error from None
+            raise OwnError(f"--download of {part}: {reason}") from None
 
 
 def open_scenes(args):
@@ -428,7 +423,7 @@ class Norm(nn.BatchNorm2d):
     """BatchNorm over all processes, with torch's state dict. momentum None: running values are plain averages."""
 
     def forward(self, x):
-        if not self.training or world_size() == 1:
+        if not self.training:
             return super().forward(x)
         y, mean, var = sdrnet.SyncedNorm.apply(self.eps, x, self.weight, self.bias)
         self.num_batches_tracked += 1
@@ -612,15 +607,6 @@ def load_detector(path):
 
 # ---------------------------------------------------------------------------- training
 
-def tell(text, shown, always=False):
-    """The line that moves: on a terminal twice a second, in a file once a minute, and `always`. Returns when last."""
-    terminal, now = sys.stdout.isatty(), time.time()
-    if not always and now - shown < (0.5 if terminal else 60):
-        return shown
-    say(f"{chr(13) * terminal}{text}", end="\n" if always or not terminal else "")
-    return now
-
-
 def ahead(make, items, workers):
     """make(item) for each item, in order, by threads that work ahead: decoding and scaling free Python's lock."""
     pool, queue = ThreadPoolExecutor(workers), collections.deque()
@@ -683,7 +669,7 @@ def train(model, scenes, args, device, stem, config, until):
         first, spent = state["step"], state["seconds"]
         if first >= until:
             return spent
-    log, wrapped, wait = Log(f"{stem}.log.jsonl", first, Plan(1, 1, until, args.seed)), parallel(model, device), 0.0
+    log, wrapped, wait = Log(f"{stem}.log.jsonl", first, until), parallel(model, device), 0.0
     began = saved = shown = mark = time.time()
     model.train()
     for step, images, targets in training_batches(scenes, args, first, until):
@@ -782,6 +768,8 @@ def choose(candidates, make, scenes, args, device, stem, config):
     if os.path.exists(file):
         about = read_json(file)
         same_run(about["config"], config, file)
+        if not isinstance(about.get("tables"), list):
+            raise InputError(f"{file} is damaged; start anew with --fresh")
     alive, spent, full = list(range(len(candidates))), 0, len(candidates) * args.iterations
     for r, (until, _) in enumerate(plan[:-1]):
         about["tables"] += [{}] if len(about["tables"]) == r else []
@@ -858,32 +846,32 @@ def parse(argv=None):
     group.add_argument("--test-sets", default="2007:test")
     group.add_argument("--classes", default="voc", help="voc (its 20), found (those of the training images), or names with commas between")
     group.add_argument("--download", action="store_true", help="let torchvision download the sets that are missing")
-    group.add_argument("--scenes", type=int, default=1000, help="toy scenes to train on")
-    group.add_argument("--test-scenes", type=int, default=200)
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode images")
+    group.add_argument("--scenes", type=number(int, 2), default=1000, help="toy scenes to train on")
+    group.add_argument("--test-scenes", type=number(int, 1), default=200)
+    group.add_argument("--workers", type=number(int, 1, 1024), default=min(8, CORES), help="threads that decode images")
     group = parser.add_argument_group("model")
     group.add_argument("--backbone", help="subnet.pt, sdrnet.pt, simsiam.pt, a torchvision ResNet state dict, or random; default: a subnet.pt below --out, for candidates its sdrnet.pt")
     group.add_argument("--path", help="of sdrnet.pt, as 0,2,1,3; default: its largest network")
     group.add_argument("--scratch", action="store_true", help="the shape of --backbone with random weights: the control")
     group.add_argument("--form", choices=("c4", "fpn"), default="c4")
     group = parser.add_argument_group("protocol (defaults: the published one on VOC, a short one on toy scenes)")
-    group.add_argument("--batch", type=int, help="images of an iteration, over all processes")
-    group.add_argument("--iterations", type=int, help="default: scaled with 16 / batch")
-    group.add_argument("--lr", type=float, help="default: scaled with batch / 16")
-    group.add_argument("--warmup", type=int, help="iterations")
-    group.add_argument("--weight-decay", type=float, default=1e-4)
-    group.add_argument("--short-side", type=int, nargs="+", help="lengths of the short side in training, one drawn for each image")
-    group.add_argument("--test-side", type=int)
-    group.add_argument("--precise-bn", type=int, help="batches that BatchNorm's statistics for inference come from; 0: running averages")
-    group.add_argument("--rois", type=int, help="regions per image in training")
+    group.add_argument("--batch", type=number(int, 1), help="images of an iteration, over all processes")
+    group.add_argument("--iterations", type=number(int, 1), help="default: scaled with 16 / batch")
+    group.add_argument("--lr", type=number(float, TINY), help="default: scaled with batch / 16")
+    group.add_argument("--warmup", type=number(int, 0), help="iterations")
+    group.add_argument("--weight-decay", type=number(float, 0), default=1e-4)
+    group.add_argument("--short-side", type=number(int, 32, 8192), nargs="+", help="lengths of the short side in training, one drawn for each image")
+    group.add_argument("--test-side", type=number(int, 32, 8192))
+    group.add_argument("--precise-bn", type=number(int, 0), help="batches that BatchNorm's statistics for inference come from; 0: running averages")
+    group.add_argument("--rois", type=number(int, 1), help="regions per image in training")
     group = parser.add_argument_group("choice by early stopping")
     group.add_argument("--candidates", nargs="+", default=[], help="paths in --backbone (0,2,1,3), largest, or checkpoints")
     group.add_argument("--scores", help="scores.npy of route.py: the --best sub-nets of --backbone are candidates")
-    group.add_argument("--best", type=int, default=4)
-    group.add_argument("--holdout", type=float, default=0.2, help="share of the training images that candidates are judged on")
+    group.add_argument("--best", type=number(int, 2), default=4)
+    group.add_argument("--holdout", type=number(float, TINY, 1 - TINY), default=0.2, help="share of the training images that candidates are judged on")
     group = common_options(parser)
     training_options(group)
-    group.add_argument("--pictures", type=int, default=8, help="test images that are drawn")
+    group.add_argument("--pictures", type=number(int, 0), default=8, help="test images that are drawn")
     return parser.parse_args(argv)
 
 
@@ -899,11 +887,6 @@ def fill_defaults(args, small_stem=False):
     if "iterations" in given and "warmup" not in given:
         args.warmup = min(args.warmup, args.iterations // 10)
     args.steps, args.longest = [math.ceil(args.iterations * 3 / 4), math.ceil(args.iterations * 11 / 12)], round(max(args.test_side, *args.short_side) * 1333 / 800)
-    least = {"batch": 1, "iterations": 1, "lr": 1e-12, "warmup": 0, "weight_decay": 0, "test_side": 32, "precise_bn": 0, "rois": 1, "best": 2, "scenes": 1, "test_scenes": 1,
-             "workers": 1, "pictures": 0, "seed": 0}
-    wrong = [k for k, v in least.items() if not getattr(args, k) >= v] + ["short_side"] * (min(args.short_side) < 32) + ["holdout"] * (not 0 < args.holdout < 1)
-    if wrong:
-        raise InputError(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])} is out of range")
     if args.batch % world_size():
         raise InputError(f"--batch {args.batch} does not divide among {world_size()} processes")
     say(f"protocol: {args.iterations} iterations of {args.batch} images over {world_size()} process(es), lr {args.lr:g}, a tenth after {args.steps[0]} and {args.steps[1]}, "

@@ -56,7 +56,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sdrnet
-from sdrnet import BatchNorm, InputError, SDRNet, index_to_path, world_size
+from sdrnet import BatchNorm, InputError, OwnError, SDRNet, index_to_path, world_size
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)           # of ImageNet, in RGB, images in [0, 1]
@@ -73,6 +73,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+
+def number(kind, least, most=2 ** 40):
+    """A type for argparse: a number from `least` to `most`, kind int or float; nan is none. Negative ones: argparse's own."""
+    def read(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
+        return value
+    read.__name__ = kind.__name__                      # for argparse's "invalid int value"
+    return read
+
+
+TINY = 1e-12                                           # the least positive number that an option takes
 
 
 class Stopped(Exception):
@@ -103,7 +117,7 @@ def run(main, script):
         main()
     except (InputError, OSError) as error:
         text = str(error) if isinstance(error, InputError) else f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
-        if rank() == 0 or getattr(error, "one_rank", False):
+        if rank() == 0 or isinstance(error, OwnError):
             print(f"{script}: error: " + " ".join(text.split()), file=sys.stderr, flush=True)
         status = 2
     except Stopped:
@@ -133,6 +147,15 @@ def say(*words, **options):
     """print, on one process only."""
     if rank() == 0:
         print(*words, **{"flush": True, **options})
+
+
+def tell(text, shown, always=False):
+    """The line that moves: on a terminal twice a second, in a file once a minute, and `always`. Returns when last."""
+    terminal, now = sys.stdout.isatty(), time.time()
+    if not always and now - shown < (0.5 if terminal else 60):
+        return shown
+    say(f"{chr(13) * terminal}{text}", end="\n" if always or not terminal else "")
+    return now
 
 
 def keep_memory():
@@ -188,7 +211,7 @@ def common_options(parser, out="runs/toy"):
     group.add_argument("--out", default=out, help="folder of this run's files; the stage before left its own there")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--amp", default="auto", choices=("auto", "off"), help="bf16 autocast where the hardware has it")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
     return group
 
 
@@ -218,8 +241,8 @@ def data_options(parser):
     group.add_argument("--root", help="where torchvision's data sets lie")
     group.add_argument("--download", action="store_true", help="let torchvision download what is missing")
     group.add_argument("--subset", help="an .npy of indices: only these images, sorted")
-    group.add_argument("--workers", type=int, default=min(8, CORES), help="processes that decode images")
-    group.add_argument("--max-bad", type=float, default=0.01, help="share of the images that may be broken: they are skipped, and listed in <out>/bad_images.txt")
+    group.add_argument("--workers", type=number(int, 0, 1024), default=min(8, CORES), help="processes that decode images")
+    group.add_argument("--max-bad", type=number(float, 0, 1), default=0.01, help="share of the images that may be broken: they are skipped, and listed in <out>/bad_images.txt")
     return group
 
 
@@ -362,8 +385,8 @@ class Images:
         return torch.from_numpy(array).permute(2, 0, 1)
 
     def refusal(self, i, reason):
-        error = InputError(f"image {self.names[i]} cannot be read ({reason}); mend or remove it")
-        error.one_rank, error.reason = True, reason
+        error = OwnError(f"image {self.names[i]} cannot be read ({reason}); mend or remove it")
+        error.reason = reason
         return error
 
     def stand_ins(self, i):
@@ -379,7 +402,7 @@ class Images:
         for j in itertools.chain([int(i)], self.stand_ins(i)):
             try:
                 return make(self.decode(j)), broken
-            except InputError as error:
+            except OwnError as error:
                 broken[j] = error.reason
             if len(broken) > min(self.spare, 99):
                 break
@@ -415,7 +438,7 @@ class Images:
         self.listed = set(self.bad)
         text = f"image {self.names[new[0]]} cannot be read ({self.bad[new[0]]}); {len(self.bad)} of {len(self):,} are broken"
         if len(self.bad) > self.spare:
-            raise InputError(f"{text}, {'a hundred in a row' if self.spare < 0 else 'more than --max-bad allows' if self.list_file else 'and each counts in a task'}: "
+            raise InputError(f"{text}, {'a hundred in a row, or all,' if self.spare < 0 else 'more than --max-bad allows' if self.list_file else 'and each counts in a task'}: "
                              f"mend or remove {f'those in {self.list_file}' if self.list_file else 'them'}")
         say(f"warning: {text} and skipped, {self.spare} may be; all are listed in {self.list_file}")
 
@@ -425,9 +448,8 @@ class Images:
             return self
         try:
             first = self.pixels(0)
-        except InputError as error:
-            error.one_rank = False                     # all processes decode everything here
-            raise
+        except InputError as error:                    # all processes decode everything here
+            raise InputError(str(error)) from None
         if max(first.shape[1:]) > PACK_SIDE or first.numel() * len(self) > PACK_BYTES:
             return self
         from concurrent.futures import ThreadPoolExecutor
@@ -437,7 +459,7 @@ class Images:
             for i in block:
                 try:
                     image = self.decode(i)
-                except InputError as error:
+                except OwnError as error:
                     bad[i] = error.reason
                     continue
                 if image.shape != first.shape or Signals.caught:
@@ -564,10 +586,7 @@ def open_images(args):
         if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(listing):
             raise InputError(f"{args.subset}: indices must lie in 0 .. {len(listing) - 1}, and there must be some")
         listing = listing.subset(np.unique(indices))
-    share = getattr(args, "max_bad", 0.0)              # route.py only shows a few of them
-    if not 0 <= share <= 1:
-        raise InputError(f"--max-bad {share}: a share from 0 to 1")
-    listing.spare, listing.list_file = int(share * len(listing)), os.path.join(getattr(args, "out", "."), "bad_images.txt")
+    listing.spare, listing.list_file = int(args.max_bad * len(listing)), os.path.join(args.out, "bad_images.txt")
     return listing
 
 
@@ -827,7 +846,8 @@ def batches(images, size, batch=256, workers=0, mine=True, order=None):
         for crop, broken in items:
             images.bad.update(broken)
             if crop is None:
-                raise images.refusal(*next(iter(broken.items())))
+                error = images.refusal(*next(iter(broken.items())))
+                raise error if mine else InputError(str(error))            # not mine alone: all processes meet it
         yield block, torch.stack([crop for crop, _ in items])
 
 
@@ -837,13 +857,13 @@ def embed(net, images, *, size, device, amp="auto", workers=0, batch=256, what="
     every process. Batches are shared out over the processes."""
     net.eval()
     table, began, done = torch.zeros(len(images), net.features), time.time(), 0
+    shown = began                                      # nothing is shown of what is quick
     for block, pixels in batches(images, size, batch, workers):
         with autocast(device, amp):
             table[torch.from_numpy(block)] = net(plain_input(pixels, device)).float().cpu()
         Signals.poll()
         done += len(block)
-        if time.time() - began > 5 and sys.stdout.isatty():
-            say(f"\r{what}: {done * world_size():,} of {len(images):,}", end="")
+        shown = tell(f"{what}: {min(done * world_size(), len(images)):,} of {len(images):,}", shown, shown > began and done * world_size() >= len(images))
     if world_size() > 1:                               # each row is on one process: the sum is a gather
         table = sdrnet.add_up(table.to(device)).cpu()
     images.share()
@@ -1060,8 +1080,11 @@ def calibrate(net, images, clusters, *, size, device, amp, workers, seed, limit=
     alone, half, uniform ones alone (a second run: 39.1, 39.0, 37.8; one with --shared-grad: 34.8, 36.9, 34.1).
     At most `limit` images each."""
     rng, began = np.random.default_rng([seed, 77]), time.time()
+    count = 1 + sum(net.groups ** (s + 1) for s in range(sdrnet.STAGES if clusters is not None else 0))
+    done, shown = itertools.count(1), began
 
     def passes(members, stage, prefix):
+        nonlocal shown
         order = rng.permutation(members)[:limit]
         if prefix is not None:
             order = np.concatenate([order[:limit // 2], rng.choice(len(images), min(len(order), limit // 2))])
@@ -1075,6 +1098,8 @@ def calibrate(net, images, clusters, *, size, device, amp, workers, seed, limit=
                     for s in range(stage + 1):
                         x = net.stage(s, x, [prefix[:s + 1]], "collect" if s == stage else "saved")
             Signals.poll()
+        number = next(done)
+        shown = tell(f"statistics for inference: {number} of {count} sets", shown, shown > began and number == count)
 
     passes(np.arange(len(images)), None, None)
     net.finish_statistics()
@@ -1161,7 +1186,7 @@ def training_batches(images, plan, first, *, size, seed, device, workers, blurre
             crops, broken = zip(*next(source))
             for part in broken:
                 images.bad.update(part)
-            if any(c is None for c in crops) and images.spare > 99:    # a hundred in a row; `Images.share` stops all processes
+            if any(c is None for c in crops) and len(images.bad) <= images.spare:          # `Images.share` stops all processes
                 images.spare = -1
             crops = torch.stack([torch.zeros(2, 3, size, size, dtype=torch.uint8) if c is None else c for c in crops]).to(device, non_blocking=True)
             both = [views(crops[:, v], u[:, v], size, True, blurred) for v in (0, 1)]
@@ -1180,12 +1205,12 @@ def training_batches(images, plan, first, *, size, seed, device, workers, blurre
 
 class Log:
     """The .log.jsonl, each step once (lines from a resumed step on are dropped), and the line that moves: on a terminal
-    twice a second, in a file once an epoch."""
+    twice a second, in a file once an epoch, or a minute."""
 
-    def __init__(self, path, first, plan):
-        self.path, self.first, self.plan, self.lines = path, first, plan, []
+    def __init__(self, path, first, steps, per_epoch=1):
+        self.path, self.first, self.steps, self.per_epoch, self.lines = path, first, steps, max(1, per_epoch), []
         self.began = self.shown = time.time()
-        self.wait, self.images, self.warned, self.per_epoch = 0.0, 0, False, max(1, round(plan.count / plan.batch))
+        self.wait, self.images, self.warned = 0.0, 0, False
         if rank() == 0:
             lines = open(path, "rb").readlines() if os.path.exists(path) else []
             with sdrnet.whole(path) as file:
@@ -1214,18 +1239,16 @@ class Log:
         self.lines = []
 
     def ends_epoch(self, step):
-        return (step + 1) % self.per_epoch == 0 or step + 1 == self.plan.steps
+        return (step + 1) % self.per_epoch == 0 or step + 1 == self.steps
 
     def show(self, line):
-        step, terminal = line["step"], sys.stdout.isatty()
-        if not (self.ends_epoch(step) or terminal and time.time() - self.shown > 0.5):
-            return
-        self.shown, elapsed = time.time(), time.time() - self.began
+        step, elapsed = line["step"], time.time() - self.began
         subs = f"  sub-nets {line['ssl']:+.3f} kd {line['kd']:+.3f}" if "ssl" in line else ""
         std = f"  std {line['std']:.2f}" + (f"/{line['std_sub']:.2f}" if "ssl" in line else "")
-        eta = elapsed / (step + 1 - self.first) * (self.plan.steps - step - 1)
-        say(("\r" if terminal else "") + f"epoch {line['epoch']:6.1f}  phase {line['phase']}  loss {line['own']:+.3f}{subs}{std}  lr {line['lr']:.4f}  "
-            f"{self.images / elapsed:.0f} img/s  wait {100 * self.wait / elapsed:.0f}%  eta {clock(eta)}", end="\n" if self.ends_epoch(step) or not terminal else "")
+        eta = elapsed / (step + 1 - self.first) * (self.steps - step - 1)
+        text = (f"epoch {line['epoch']:6.1f}  phase {line['phase']}  loss {line['own']:+.3f}{subs}{std}  lr {line['lr']:.4f}  "
+            f"{self.images / elapsed:.0f} img/s  wait {100 * self.wait / elapsed:.0f}%  eta {clock(eta)}")
+        self.shown = tell(text, self.shown, self.ends_epoch(step))
 
 
 def learning_rate(optimizer, base, step, steps):
@@ -1320,7 +1343,7 @@ def train(model, images, plan, args, device, paths, config, tasks):
     first, seen, spent = state["step"], state["images_seen"], state["seconds"]
     images.bad.update(state.get("bad_images", {}))
     images.share()
-    log, wrapped = Log(paths[0].replace(".last.pt", ".log.jsonl"), first, plan), parallel(model, device)
+    log, wrapped = Log(paths[0].replace(".last.pt", ".log.jsonl"), first, plan.steps, round(plan.count / plan.batch)), parallel(model, device)
     began = saved = mark = time.time()
 
     def snapshot(step):
@@ -1406,38 +1429,38 @@ def parse(argv=None):
     data_options(parser)
     group = parser.add_argument_group("network (defaults depend on the images: toy, small, or else the published recipe)")
     group.add_argument("--arch", choices=tuple(sdrnet.ARCHS))
-    group.add_argument("--width", type=int, help="channels of the stem and of the first stage")
+    group.add_argument("--width", type=number(int, 1, 4096), help="channels of the stem and of the first stage")
     group.add_argument("--small-stem", action=argparse.BooleanOptionalAction, default=None, help="3x3 stride 1, no pooling")
-    group.add_argument("--image-size", type=int)
-    group.add_argument("--blur", type=float, help="probability of blur in a view: 0.5, and 0 for small images")
-    group.add_argument("--head", type=int, help="width of the projector")
+    group.add_argument("--image-size", type=number(int, 8, 8192))
+    group.add_argument("--blur", type=number(float, 0, 1), help="probability of blur in a view: 0.5, and 0 for small images")
+    group.add_argument("--head", type=number(int, 4, 2 ** 20), help="width of the projector")
     group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: the simsiam.pt (byol.pt, mocov2.pt) in --out")
     group = parser.add_argument_group("SDR")
     group.add_argument("--clusters", help="clusters.npy of cluster.py; without it the largest network trains alone, which is SimSiam")
-    group.add_argument("--groups", type=int, help="individual groups per stage; default: the fourth root of the number of clusters")
-    group.add_argument("--shared", type=float, default=0.75, help="share of a stage's channels in its shared group")
-    group.add_argument("--subnets", type=int, help="m, sub-nets per step: 2")
-    group.add_argument("--sub-batch", type=int, help="images of all sub-nets together in a step, each draws its share from its cluster: 3B")
+    group.add_argument("--groups", type=number(int, 1, 64), help="individual groups per stage; default: the fourth root of the number of clusters")
+    group.add_argument("--shared", type=number(float, 0, 1), default=0.75, help="share of a stage's channels in its shared group")
+    group.add_argument("--subnets", type=number(int, 1), help="m, sub-nets per step: 2")
+    group.add_argument("--sub-batch", type=number(int, 1), help="images of all sub-nets together in a step, each draws its share from its cluster: 3B")
     group.add_argument("--shared-grad", action=argparse.BooleanOptionalAction, default=True, help="the sub-nets' losses train the shared groups too")
     group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="none", help="from the largest network; the paper's is siamkd")
-    group.add_argument("--kd-weight", type=float, help="lambda, of --distill siamkd and l2: 1")
+    group.add_argument("--kd-weight", type=number(float, 0), help="lambda, of --distill siamkd and l2: 1")
     group.add_argument("--phases", default="0,0,0,0,1", help="shares of the epochs: largest network alone, then g, g^2, g^3, g^4 sub-nets; the paper's progressive training: 1,1,1,1,4")
     group = parser.add_argument_group("neighbours of SDR over SimSiam")
     group.add_argument("--objective", choices=("simsiam", "byol", "mocov2"), default="simsiam")
-    group.add_argument("--tau", type=float, help="momentum of the target: byol 0.996, mocov2 0.999, 0.99 for toy images")
-    group.add_argument("--queue", type=int, help="keys in mocov2's queue: 65536, 4096 for small images")
-    group.add_argument("--temperature", type=float, help="mocov2's T: 0.2")
+    group.add_argument("--tau", type=number(float, 0, 1 - TINY), help="momentum of the target: byol 0.996, mocov2 0.999, 0.99 for toy images")
+    group.add_argument("--queue", type=number(int, 1), help="keys in mocov2's queue: 65536, 4096 for small images")
+    group.add_argument("--temperature", type=number(float, TINY), help="mocov2's T: 0.2")
     group.add_argument("--sizes", help="D,E: also train nested networks, the smallest of D blocks and E/8 of the channels per stage, as in 1,4")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=float, help="of images drawn for the largest network")
-    group.add_argument("--batch-size", type=int, help="B, over all processes")
-    group.add_argument("--lr", type=float)
-    group.add_argument("--weight-decay", type=float)
+    group.add_argument("--epochs", type=number(float, TINY), help="of images drawn for the largest network")
+    group.add_argument("--batch-size", type=number(int, 2), help="B, over all processes")
+    group.add_argument("--lr", type=number(float, TINY))
+    group.add_argument("--weight-decay", type=number(float, 0))
     group = common_options(parser)
     training_options(group)
     group.add_argument("--monitor-task", action="append", default=[], help="kNN accuracy on this task while training; repeatable")
-    group.add_argument("--monitor-every", type=int, default=10, help="epochs between them")
-    group.add_argument("--collapse-std", type=float, default=0.1, help="std * sqrt(d) below which features count as collapsed")
+    group.add_argument("--monitor-every", type=number(int, 1), default=10, help="epochs between them")
+    group.add_argument("--collapse-std", type=number(float, 0), default=0.1, help="std * sqrt(d) below which features count as collapsed")
     group.add_argument("--stop-on-collapse", action="store_true")
     args = parser.parse_args(argv)
     try:
@@ -1445,7 +1468,7 @@ def parse(argv=None):
         args.sizes = args.sizes and tuple(int(n) for n in args.sizes.split(","))
     except ValueError:
         raise InputError("--phases takes five numbers as in 1,1,1,1,4, --sizes two as in 1,4") from None
-    if len(args.phases) != 5 or min(args.phases) < 0 or sum(args.phases) == 0:
+    if len(args.phases) != 5 or not all(0 <= p < math.inf for p in args.phases) or sum(args.phases) == 0:
         raise InputError("--phases takes five shares, none negative and not all 0")
     if args.sizes and (len(args.sizes) != 2 or args.clusters):
         raise InputError("--sizes takes two numbers, as in 1,4, and no --clusters: a network has sizes or paths")
@@ -1472,7 +1495,9 @@ def load_clusters(path, images):
             k, sha = int(about["k"]), about["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{note} is damaged: run cluster.py again") from None
-        if sha != images.fingerprint:
+        if sha is None:
+            say(f"warning: {path} was made from features alone, so only its length was checked")
+        elif sha != images.fingerprint:
             raise InputError(f"{path} was made from another listing of images (names or seed differ): run cluster.py on this --data")
         if clusters.max() >= k:
             raise InputError(f"{path} holds cluster {clusters.max()} but {note} says k = {k}")
@@ -1501,10 +1526,8 @@ def fill_defaults(args, images):
     for key, value in values.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    if args.image_size < 8 or args.epochs <= 0 or args.batch_size < 2 or args.lr <= 0 or args.subnets < 1:
-        raise InputError("--image-size must be at least 8, --epochs, --lr and --subnets positive, --batch-size at least 2")
-    if not 0 <= (args.tau or 0) < 1 or min(1 if v is None else v for v in (args.queue, args.temperature)) <= 0:
-        raise InputError("--tau must be at least 0 and below 1, --queue and --temperature must be positive")
+    if args.image_size < 8:                            # of small images, when none was given
+        raise InputError(f"the images of --data {args.data} are {args.image_size} pixels small: give --image-size, at least 8")
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size} does not divide among {world_size()} processes")
     args.sub_batch = args.sub_batch or 3 * args.batch_size
@@ -1594,7 +1617,7 @@ def main():
     say(f"{name}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
         + (f", {groups ** 4} sub-nets of {net.sub_features / net.features:.3f} width, phases end at {plan.phase_ends}" if clusters is not None else "")
         + f"; {device.type}, {world_size()} process(es), {torch.get_num_threads()} threads")
-    say("values in force: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v not in (None, [], False)))
+    say("values in force: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v is not None and v is not False and v != []))
     seen, seconds = train(model, images, plan, args, device, (last, older), config, tasks)
     options = dict(size=args.image_size, device=device, amp=args.amp, workers=args.workers)
     calibrate(net, images, clusters, seed=args.seed, **options)

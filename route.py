@@ -31,10 +31,10 @@ Measured: 16 sub-nets of a ResNet-18 of width 16 at 32 px on 5,000 + 2,000 image
 """
 import argparse
 import functools
+import hashlib
 import itertools
 import math
 import os
-import sys
 import time
 
 import numpy as np
@@ -43,8 +43,8 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 import sdrnet
-from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, make_heads, open_images,
-                      open_tasks, plain_input, rank, run, save_array, save_json, say, score, start, torchvision_listing)
+from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, make_heads, number, open_images,
+                      open_tasks, plain_input, rank, run, save_array, save_json, say, score, start, tell, torchvision_listing)
 from sdrnet import InputError, index_to_path, world_size
 
 
@@ -170,14 +170,13 @@ def search_all(net, task, device, amp, k, indices=None, tests=True):
     Sub-trees are shared out over the processes."""
     count, began = net.groups ** 4, time.time()
     indices, table = np.arange(count) if indices is None else np.asarray(indices), np.zeros((2, count))
-    own = own_subtrees(indices, net.groups)
+    own, shown = own_subtrees(indices, net.groups), began
     for n, members in enumerate(own, 1):
         train = tree_features(net, task.train.packed, members, device, amp)
         test = tree_features(net, task.test.packed, members, device, amp) if tests else {}
         for i in members:
             table[:, i] = loo_score(train[i], task, k), knn_score(train[i], test[i], task, k) if tests else np.nan
-        if sys.stdout.isatty() and len(own) > 1:
-            say(f"\r  {task.name}: sub-tree {n} of {len(own)}, {time.time() - began:.0f} s", end="" if n < len(own) else "\n")
+        shown = tell(f"  {task.name}: sub-tree {n} of {len(own)}, {time.time() - began:.0f} s", shown, shown > began and n == len(own))
     table = add_up(table, device)
     table[:, np.setdiff1d(np.arange(count), indices)] = np.nan
     return table
@@ -302,13 +301,12 @@ def search_sizes(net, content, task, args, device):
         pair = [plain_features(plain, part.packed, device, args.amp) for part in (task.train, task.test)]
         return plain, pair, loo_score(pair[0], task, args.k), knn_score(*pair, task, args.k)
     _, whole, *largest = look(None)
-    table = np.zeros((len(inside), 3))                 # similarity, leave-one-out and test score of each
+    table, shown = np.zeros((len(inside), 3)), began   # similarity, leave-one-out and test score of each
     for i, (_, size) in enumerate(inside):
         if i % world_size() == rank():
             _, pair, *scores = look(size)
             table[i] = similarity(projector, pair[0], whole[0], net.cut(net.features, [size[-1]])), *scores
-            say(f"\r  {task.name}: size {i + 1} of {len(inside)}, {time.time() - began:.0f} s", end="")
-    say()
+            shown = tell(f"  {task.name}: size {i + 1} of {len(inside)}, {time.time() - began:.0f} s", shown, i + world_size() >= len(inside))
     table = add_up(table, device)
     chosen, best = int(table[:, 0].argmax()), int(table[:, 2].argmax())
     about = lambda i: {"size": inside[i][1], "gflops": inside[i][0] / 1e9, "similarity": table[i, 0], "train": table[i, 1], "test": table[i, 2]}
@@ -396,7 +394,8 @@ def png(path, draw):
     figure, axes = plt.subplots(figsize=(6, 3.5))
     draw(axes)
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with sdrnet.whole(path) as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -534,17 +533,15 @@ def parse(argv=None):
     group.add_argument("--clusters", help="clusters.npy, likewise; default: the one in --out")
     group = parser.add_argument_group("how")
     group.add_argument("--search", choices=("all", "halving", "centroid"), default="all")
-    group.add_argument("--budget-gflops", type=float, nargs=2, metavar=("LO", "HI"), help="search sizes instead: DATA, see above")
-    group.add_argument("--samples", type=int, default=40, help="sizes that --budget-gflops scores")
-    group.add_argument("--k", type=int, default=20, help="neighbours that vote")
-    group.add_argument("--max-images", type=int, default=5000, help="of a task's train and of its test part, each class alike")
+    group.add_argument("--budget-gflops", type=number(float, 0), nargs=2, metavar=("LO", "HI"), help="search sizes instead: DATA, see above")
+    group.add_argument("--samples", type=number(int, 1), default=40, help="sizes that --budget-gflops scores")
+    group.add_argument("--k", type=number(int, 1), default=20, help="neighbours that vote")
+    group.add_argument("--max-images", type=number(int, 2), default=5000, help="of a task's train and of its test part, each class alike")
     group.add_argument("--probe", action="store_true", help="linear probe of what is chosen, the largest network and SimSiam")
     group.add_argument("--export", action="store_true", help="write subnet.pt2 by torch.export")
-    group.add_argument("--workers", type=int, default=min(8, CORES))
+    group.add_argument("--workers", type=number(int, 0, 1024), default=min(8, CORES))
     common_options(parser)
     args = parser.parse_args(argv)
-    if args.k < 1 or args.max_images < 2 or args.samples < 1:
-        raise InputError("--k and --samples must be at least 1, --max-images at least 2")
     if args.budget_gflops and (args.search != "all" or args.simsiam not in (None, "none")):
         raise InputError("--budget-gflops searches sizes; --search and --simsiam go with sub-nets")
     return args
@@ -556,8 +553,17 @@ def shown_clusters(args, content):
     data, file = args.data or ("toy" if config.get("data") == "toy" else None), args.clusters or os.path.join(args.out, "clusters.npy")
     if data is None or not os.path.isfile(file):
         return None
-    images = open_images(argparse.Namespace(data=data, root=args.root, download=False, subset=config.get("subset"), seed=config.get("seed", 0)))
-    return images, load_clusters(file, images)[0]
+    images = open_images(argparse.Namespace(data=data, root=args.root, download=False, subset=config.get("subset"), seed=config.get("seed", 0), max_bad=1.0, out=args.out))
+    try:
+        clusters = load_clusters(file, images)[0]
+    except InputError:                                 # of another run, left in --out?
+        if args.clusters:
+            raise
+        clusters = np.zeros(0)
+    if hashlib.sha256(clusters.tobytes()).hexdigest() != config.get("clusters_sha256"):
+        say(f"{file} is not what {args.checkpoint} was trained on: no cluster.png")
+        return None
+    return images, clusters
 
 
 def main():

@@ -62,6 +62,11 @@ class InputError(ValueError):
     as one line and exit with status 2."""
 
 
+class OwnError(InputError):
+    """Bad input that one process alone has met, which then says so. reason: without the file's name."""
+    reason = ""
+
+
 # ---------------------------------------------------------------------------- paths
 
 def path_to_index(path, groups):

@@ -345,8 +345,8 @@ CASES = [
     (pretrain, ["--sizes", "1;4"], "two as in 1,4"),
     (pretrain, ["--tau", "0.9"], "--tau is not an option of --objective simsiam"),
     (pretrain, ["--objective", "byol", "--queue", "9"], "--queue is not an option"),
-    (pretrain, ["--objective", "mocov2", "--queue", "0"], "must be positive"),
-    (pretrain, ["--objective", "mocov2", "--tau", "2"], "--tau must be at least 0"),
+    (pretrain, ["--objective", "mocov2", "--queue", "0"], "argument --queue: 0 is not from 1"),
+    (pretrain, ["--objective", "mocov2", "--tau", "2"], "argument --tau: 2 is not from 0 to 1"),
 ]
 
 
