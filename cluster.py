@@ -24,8 +24,8 @@ Out: <out>/clusters.npy   int64 (N,): sub-net of each image of the sorted listin
      <out>/centroids.npy  float32 (k, D), unit length, of features minus their mean
      <out>/clusters.png   a row per cluster: the images nearest to its centroid
      <out>/features.npy   float32 (N, D), with --save-features
-     or with --retrieve   subset.npy, int64 (K,), sorted, for pretrain.py --subset; subset.png, a row per target (the
-                          first column) with what it claimed first
+     or with --retrieve   subset.npy, int64 (K,), sorted, for pretrain.py --subset; subset.json, of which listing;
+                          subset.png, a row per target (the first column) with what it claimed first
 
 Measured: 40,000 x 128 into 16 in 1.4 s on one CPU core; on the toy images the clusters' mutual information with the four
 worlds is 0.92, 0.88 and 0.91 of the worlds' entropy (seeds 0, 1, 2).
@@ -381,6 +381,7 @@ def sept(args, array, images, targets, net, size, device):
             shown = np.unique(np.linspace(0, len(targets) - 1, 12).astype(int))
             contact_sheet(both, [[len(images) + t, *claims[t::len(targets)][:SHEET]] for t in shown], os.path.join(args.out, "subset.png"))
         save_array(os.path.join(args.out, "subset.npy"), listing[np.sort(claims)])
+        save_json(os.path.join(args.out, "subset.json"), {"targets": args.retrieve, "budget": args.budget, "sha256": None if images is None else images.whole})
         say(f"wrote {os.path.join(args.out, 'subset.npy')} ({args.budget},)" + (", subset.png" if images is not None else ""))
 
 
@@ -388,12 +389,12 @@ def parse(argv=None):
     parser = Parser(__doc__)
     data_options(parser)
     group = parser.add_argument_group("features")
-    group.add_argument("--checkpoint", help="simsiam.pt (or sdrnet.pt: its largest network); default: the simsiam.pt in --out")
+    group.add_argument("--checkpoint", help="simsiam.pt, byol.pt, mocov2.pt, or sdrnet.pt (its largest network); default: the first of the three in --out")
     group.add_argument("--features", help="use these instead: float32 .npy (N, D); --data then only makes the contact sheet and the listing's hash")
     group.add_argument("--save-features", action="store_true", help="write <out>/features.npy")
     group = parser.add_argument_group("clustering")
     group.add_argument("--k", type=number(int, 1), default=None, help="number of clusters, g^4 for a later SDR; default: 16 for toy, else 256")
-    group.add_argument("--eps", type=number(float, TINY), default=0.05, help="entropy's weight: small is hard, large is soft")
+    group.add_argument("--eps", type=number(float, 1e-4, 1e4), default=0.05, help="entropy's weight: small is hard, large is soft")
     group.add_argument("--temperature", type=number(float, TINY), default=1.0, help="T of the softmax of cosines; see learn()")
     group.add_argument("--epochs", type=number(int, 1), help="passes of SGD over the features: 20, and 6 from 100,000 images on, where they did no worse")
     group.add_argument("--rate", type=number(float, TINY), default=1.0, help="learning rate, 1 being about a k-means step per block")
@@ -407,6 +408,12 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if (args.retrieve is None) != (args.budget is None) or args.drop_duplicates and args.retrieve is None:
         raise InputError("--retrieve TASK and --budget K go together, and --drop-duplicates with them")
+    if args.data == "toy":
+        parser.idle(args, ("root", "download"), "with --data toy")
+    if args.retrieve:
+        parser.idle(args, ("k", "eps", "temperature", "epochs", "rate", "balanced", "order", "save_features"), "with --retrieve")
+    elif args.features:
+        parser.idle(args, ("checkpoint", "save_features", *(["subset"] if args.data == "toy" else [])), "with --features")
     return args
 
 
@@ -422,7 +429,8 @@ def main():
         if images is not None and len(images) != len(array):
             raise InputError(f"{args.features} has {len(array)} rows and --data {len(images)} images")
     if args.features is None or args.retrieve:
-        source = args.checkpoint or os.path.join(args.out, "simsiam.pt")
+        own = [os.path.join(args.out, f"{name}.pt") for name in ("simsiam", "byol", "mocov2")]
+        source = args.checkpoint or next(filter(os.path.exists, own), own[0])
         content = sdrnet.load(source, ("simsiam", "sdrnet"))
         net = sdrnet.network(content, source).to(device, memory_format=torch.channels_last)
     count = len(array) if args.features is not None else len(images)
@@ -432,6 +440,8 @@ def main():
             raise InputError(f"--budget {args.budget}: there are {count:,} images to retrieve from")
     elif k > count:
         raise InputError(f"--k {k} clusters cannot be made of {count} images")
+    elif round(k ** 0.25) ** 4 != k:
+        say(f"warning: {k} is not 1, 16, 81, 256, ...: pretrain.py takes g^4 clusters")
     if args.features is None:
         say(f"features of {count:,} images by {source}")
         array = embed(net, images, size=content["config"]["image_size"], device=device, amp=args.amp, workers=args.workers).numpy()

@@ -466,7 +466,7 @@ def read_backbone(source, path=None):
     try:
         return (net.extract(None if path is None else [int(d) for d in path.split(",")]) if isinstance(net, SDRNet) else net).state_dict()
     except ValueError as error:                        # int's; InputError is one too
-        raise InputError(f"--path {path} of {source}: {error}") from None
+        raise InputError(f"--path {path} of {source}: {error if isinstance(error, InputError) else 'four digits as in 0,2,1,3 are needed'}") from None
 
 
 def load_backbone(source, path=None, scratch=False, toy=False):
@@ -872,7 +872,14 @@ def parse(argv=None):
     group = common_options(parser)
     training_options(group)
     group.add_argument("--pictures", type=number(int, 0), default=8, help="test images that are drawn")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.voc is None:
+        parser.idle(args, ("train_sets", "test_sets", "classes", "download"), "without --voc")
+    elif parser.given(args, ("scenes", "test_scenes")):
+        say("warning: --scenes and --test-scenes are of toy scenes and mean nothing with --voc")
+    if args.scores is None:
+        parser.idle(args, ("best", "holdout") if not args.candidates else ("best",), "without --scores")
+    return args
 
 
 def fill_defaults(args, small_stem=False):

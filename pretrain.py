@@ -30,6 +30,9 @@ Out: <out>/simsiam.pt (byol.pt, mocov2.pt), sdrnet.pt or with --sizes datanet.pt
      .last.pt and .prev.pt (to continue: the newest state and the one before), .log.jsonl (each step); bad_images.txt,
      the images that cannot be read, if any
 
+To read SDR alone: "the model that is trained" (Head, SDR.forward), "the plan of a run" (Plan.step), `train`. What stands
+before them is images, tasks and views; what is around them keeps a run whole when machines, files or processes fail.
+
 Measured: 81,920 toy images, as each of the first two commands sees, take SimSiam 77 s and SDR 82 s on one CPU core (AMD
 EPYC with bf16 units, torch 2.15). What comes out, and what does not, is in the README.
 """
@@ -73,6 +76,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+    def given(self, args, names):
+        """Those of the options, as they are typed, that were given."""
+        return [f"--{name.replace('_', '-')}" for name in sorted(names) if getattr(args, name) != self.get_default(name)]
+
+    def idle(self, args, names, why):
+        """Raises InputError if one of these options was given: it would do nothing, `why`."""
+        for option in self.given(args, names):
+            raise InputError(f"{option} does nothing {why}: leave it out")
 
 
 def number(kind, least, most=2 ** 40):
@@ -175,6 +187,8 @@ def restarted():
 
 def start(args):
     """Device, process group and precision of this process, from the arguments and torchrun's environment."""
+    if not args.out or os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise InputError(f"--out {args.out}: a folder is needed" + ", and this is a file" * bool(args.out))
     keep_memory()
     local = int(os.environ.get("LOCAL_RANK", 0))
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -218,7 +232,7 @@ def common_options(parser, out="runs/toy"):
 def interval(text):
     """"500" -> (500.0, "steps"), "10m" -> (10.0, "minutes")."""
     value = float(text.removesuffix("m"))
-    if not value >= 1e-9 or not (value.is_integer() or text.endswith("m")):
+    if not 1e-9 <= value < math.inf or not (value.is_integer() or text.endswith("m")):
         raise ValueError
     return value, "minutes" if text.endswith("m") else "steps"
 
@@ -363,6 +377,7 @@ class Images:
     def __init__(self, names, open_image=None, labels=None, classes=None, packed=None, fingerprint=None):
         self.names, self.open_image, self.labels, self.classes, self.packed = names, open_image, labels, classes, packed
         self.fingerprint = fingerprint or hashlib.sha256("\n".join(names).encode("utf8", "surrogateescape")).hexdigest()
+        self.whole = self.fingerprint                  # of the listing that a subset was taken from
         self.bad, self.listed, self.spare, self.clusters, self.list_file = {}, set(), 0, None, None
 
     def __len__(self):
@@ -371,10 +386,12 @@ class Images:
     def subset(self, indices):
         """The images at these sorted, unique indices: they are the listing from now on."""
         kept = [self.names[i] for i in indices]
-        return Images(kept, None if self.open_image is None else (lambda i: self.open_image(int(indices[i]))),
+        part = Images(kept, None if self.open_image is None else (lambda i: self.open_image(int(indices[i]))),
                       None if self.labels is None else self.labels[indices], self.classes,
                       None if self.packed is None else self.packed[torch.as_tensor(indices)],
                       hashlib.sha256((self.fingerprint + ",".join(map(str, indices))).encode()).hexdigest())
+        part.whole = self.whole
+        return part
 
     def decode(self, i):
         """Image i as uint8 (3, H, W). Raises InputError with its name when it cannot be read."""
@@ -585,6 +602,8 @@ def open_images(args):
         indices = load_array(args.subset, "i", 1)
         if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(listing):
             raise InputError(f"{args.subset}: indices must lie in 0 .. {len(listing) - 1}, and there must be some")
+        if note_beside(args.subset).get("sha256") not in (None, listing.fingerprint):
+            raise InputError(f"{args.subset} was made from another listing of images (names or seed differ)")
         listing = listing.subset(np.unique(indices))
     listing.spare, listing.list_file = int(args.max_bad * len(listing)), os.path.join(args.out, "bad_images.txt")
     return listing
@@ -603,6 +622,18 @@ def load_array(path, kind, dims, **options):
         shape = getattr(array, "shape", "?"), str(getattr(array, "dtype", "?"))
         raise InputError(f"{path} holds {shape[1]} of shape {shape[0]}; {dims} dimension(s) of {'integers' if kind == 'i' else 'floats'} are needed")
     return array
+
+
+def note_beside(path):
+    """What the .json beside an .npy says: a dict, empty where there is none. Raises InputError."""
+    path = os.path.splitext(path)[0] + ".json"
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path) as file:
+            return dict(json.load(file))
+    except (ValueError, TypeError, RecursionError):
+        raise InputError(f"{path} is damaged: run cluster.py again") from None
 
 
 def contact_sheet(images, rows, path, size=64):
@@ -1421,7 +1452,7 @@ RECIPES = {                                            # values that no option g
 }
 OBJECTIVES = {"simsiam": {}, "byol": dict(tau=0.996), "mocov2": dict(tau=0.999, temperature=0.2, queue=4096)}
 NOT_COMPARED = {"out", "device", "workers", "root", "download", "save_every", "fresh", "monitor_task", "monitor_every", "stop_on_collapse", "collapse_std", "max_bad"}
-OF_SUBNETS = {"shared", "subnets", "sub_batch", "shared_grad", "distill", "kd_weight", "phases"}      # nothing to a network that trains alone
+OF_SUBNETS = {"groups", "shared", "subnets", "sub_batch", "shared_grad", "distill", "kd_weight", "phases"}      # nothing to a network that trains alone
 
 
 def parse(argv=None):
@@ -1434,13 +1465,13 @@ def parse(argv=None):
     group.add_argument("--image-size", type=number(int, 8, 8192))
     group.add_argument("--blur", type=number(float, 0, 1), help="probability of blur in a view: 0.5, and 0 for small images")
     group.add_argument("--head", type=number(int, 4, 2 ** 20), help="width of the projector")
-    group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: the simsiam.pt (byol.pt, mocov2.pt) in --out")
+    group.add_argument("--init", help="start from these weights: simsiam.pt, or a torchvision ResNet state dict; none; default: with --clusters the simsiam.pt (byol.pt, mocov2.pt) in --out")
     group = parser.add_argument_group("SDR")
     group.add_argument("--clusters", help="clusters.npy of cluster.py; without it the largest network trains alone, which is SimSiam")
     group.add_argument("--groups", type=number(int, 1, 64), help="individual groups per stage; default: the fourth root of the number of clusters")
     group.add_argument("--shared", type=number(float, 0, 1), default=0.75, help="share of a stage's channels in its shared group")
     group.add_argument("--subnets", type=number(int, 1), help="m, sub-nets per step: 2")
-    group.add_argument("--sub-batch", type=number(int, 1), help="images of all sub-nets together in a step, each draws its share from its cluster: 3B")
+    group.add_argument("--sub-batch", type=number(int, 1, 2 ** 20), help="images of all sub-nets together in a step, each draws its share from its cluster: 3B")
     group.add_argument("--shared-grad", action=argparse.BooleanOptionalAction, default=True, help="the sub-nets' losses train the shared groups too")
     group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="none", help="from the largest network; the paper's is siamkd")
     group.add_argument("--kd-weight", type=number(float, 0), help="lambda, of --distill siamkd and l2: 1")
@@ -1448,12 +1479,12 @@ def parse(argv=None):
     group = parser.add_argument_group("neighbours of SDR over SimSiam")
     group.add_argument("--objective", choices=("simsiam", "byol", "mocov2"), default="simsiam")
     group.add_argument("--tau", type=number(float, 0, 1 - TINY), help="momentum of the target: byol 0.996, mocov2 0.999, 0.99 for toy images")
-    group.add_argument("--queue", type=number(int, 1), help="keys in mocov2's queue: 65536, 4096 for small images")
+    group.add_argument("--queue", type=number(int, 1, 2 ** 24), help="keys in mocov2's queue: 65536, 4096 for small images")
     group.add_argument("--temperature", type=number(float, TINY), help="mocov2's T: 0.2")
     group.add_argument("--sizes", help="D,E: also train nested networks, the smallest of D blocks and E/8 of the channels per stage, as in 1,4")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=number(float, TINY), help="of images drawn for the largest network")
-    group.add_argument("--batch-size", type=number(int, 2), help="B, over all processes")
+    group.add_argument("--epochs", type=number(float, TINY, 1e6), help="of images drawn for the largest network")
+    group.add_argument("--batch-size", type=number(int, 2, 2 ** 20), help="B, over all processes")
     group.add_argument("--lr", type=number(float, TINY))
     group.add_argument("--weight-decay", type=number(float, 0))
     group = common_options(parser)
@@ -1463,15 +1494,23 @@ def parse(argv=None):
     group.add_argument("--collapse-std", type=number(float, 0), default=0.1, help="std * sqrt(d) below which features count as collapsed")
     group.add_argument("--stop-on-collapse", action="store_true")
     args = parser.parse_args(argv)
+    if args.data == "toy":
+        parser.idle(args, ("root", "download"), "with --data toy")
+    if args.clusters is None and parser.given(args, OF_SUBNETS):       # no error: both stages may be given the same options
+        say("warning: without --clusters these options mean nothing: " + ", ".join(parser.given(args, OF_SUBNETS)))
     try:
         args.phases = tuple(float(p) for p in args.phases.split(","))
-        args.sizes = args.sizes and tuple(int(n) for n in args.sizes.split(","))
+        args.sizes = None if args.sizes is None else tuple(int(n) for n in args.sizes.split(","))
     except ValueError:
         raise InputError("--phases takes five numbers as in 1,1,1,1,4, --sizes two as in 1,4") from None
     if len(args.phases) != 5 or not all(0 <= p < math.inf for p in args.phases) or sum(args.phases) == 0:
         raise InputError("--phases takes five shares, none negative and not all 0")
-    if args.sizes and (len(args.sizes) != 2 or args.clusters):
-        raise InputError("--sizes takes two numbers, as in 1,4, and no --clusters: a network has sizes or paths")
+    if args.clusters and not any(args.phases[1:]):
+        raise InputError("--phases trains no sub-net: one of the last four shares must be positive")
+    if args.sizes and len(args.sizes) != 2:
+        raise InputError("--sizes takes two numbers, as in 1,4")
+    if args.sizes and args.clusters:
+        raise InputError("--sizes and --clusters: a network has sizes or paths")
     wrong = [f"--{k}" for k, used in (("tau", ("byol", "mocov2")), ("queue", ("mocov2",)), ("temperature", ("mocov2",))) if getattr(args, k) is not None and args.objective not in used]
     if wrong:
         raise InputError(f"{wrong[0]} is not an option of --objective {args.objective}")
@@ -1486,23 +1525,14 @@ def load_clusters(path, images):
     clusters = load_array(path, "i", 1)
     if len(clusters) != len(images):
         raise InputError(f"{path} has {len(clusters)} entries and --data {len(images)} images: it was made from another listing")
-    k, note = int(clusters.max()) + 1, os.path.splitext(path)[0] + ".json"
-    if clusters.min() < 0:
-        raise InputError(f"{path} holds negative clusters")
-    if os.path.exists(note):
-        try:
-            about = json.load(open(note))
-            k, sha = int(about["k"]), about["sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(f"{note} is damaged: run cluster.py again") from None
-        if sha is None:
-            say(f"warning: {path} was made from features alone, so only its length was checked")
-        elif sha != images.fingerprint:
-            raise InputError(f"{path} was made from another listing of images (names or seed differ): run cluster.py on this --data")
-        if clusters.max() >= k:
-            raise InputError(f"{path} holds cluster {clusters.max()} but {note} says k = {k}")
-    else:
-        say(f"warning: no {note} beside it, so only the length of {path} was checked")
+    about = note_beside(path)
+    k, sha = about.get("k", int(clusters.max()) + 1), about.get("sha256")
+    if not isinstance(k, int) or not 0 <= clusters.min() <= clusters.max() < k:
+        raise InputError(f"{path} holds clusters {clusters.min()} to {clusters.max()}" + (f", but the .json beside it says k = {k}" if about else ""))
+    if sha is None:
+        say(f"warning: no .json beside it says of which images {path} was made, so only its length was checked")
+    elif sha != images.fingerprint:
+        raise InputError(f"{path} was made from another listing of images (names or seed differ): run cluster.py on this --data")
     g = round(k ** 0.25)
     if g ** 4 != k or k > len(clusters):
         raise InputError(f"{path} has {k} clusters for {len(clusters)} images, which is not g^4: 1, 16, 81, 256, ... sub-nets are possible")
@@ -1582,7 +1612,7 @@ def main():
         if args.groups not in (None, groups):
             raise InputError(f"--groups {args.groups} does not fit {args.clusters}: its {groups ** 4} clusters are {groups}^4")
     fill_defaults(args, images)
-    args.groups = groups if clusters is not None else args.groups or 1
+    args.groups = groups
     tasks = open_tasks(args.monitor_task, args.seed)
     for task in tasks:
         task.train.pack(), task.test.pack()
@@ -1591,7 +1621,8 @@ def main():
     final, last, older = (os.path.join(args.out, f"{name}{ending}.pt") for ending in ("", ".last", ".prev"))
     if clusters is not None and args.init is None and os.path.exists(alone):
         args.init = alone
-    config = {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(args).items() if k not in NOT_COMPARED | (set() if args.clusters or args.sizes else OF_SUBNETS)}
+    idle = set() if args.clusters else OF_SUBNETS
+    config = {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(args).items() if k not in NOT_COMPARED | idle}
     config["images"] = images.fingerprint
     if clusters is not None:
         config["clusters_sha256"] = hashlib.sha256(clusters.tobytes()).hexdigest()
@@ -1617,7 +1648,7 @@ def main():
     say(f"{name}: {len(images):,} images of {args.data}, {args.arch} width {args.width} at {args.image_size} px, {plan.steps} steps of {args.batch_size}"
         + (f", {groups ** 4} sub-nets of {net.sub_features / net.features:.3f} width, phases end at {plan.phase_ends}" if clusters is not None else "")
         + f"; {device.type}, {world_size()} process(es), {torch.get_num_threads()} threads")
-    say("values in force: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if v is not None and v is not False and v != []))
+    say("values in force: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if k not in idle and v is not None and v is not False and v != []))
     seen, seconds = train(model, images, plan, args, device, (last, older), config, tasks)
     options = dict(size=args.image_size, device=device, amp=args.amp, workers=args.workers)
     calibrate(net, images, clusters, seed=args.seed, **options)

@@ -26,6 +26,7 @@ Out: <out>/<task>/scores.npy       float32 (g^4,) leave-one-out scores in percen
                   result.json      chosen path, largest network, mean and best of all, each on train and test; the protocol
                   histogram.png    with matplotlib; cluster.png, what the chosen sub-net was trained on
      <out>/gain.png                with matplotlib: each task's gain over the largest network
+     with --budget-gflops          <out>/<task>/sizes/subnet.pt and result.json, <out>/gain_sizes.png
 
 Measured: 16 sub-nets of a ResNet-18 of width 16 at 32 px on 5,000 + 2,000 images: 24 s on one CPU core.
 """
@@ -322,8 +323,9 @@ def search_sizes(net, content, task, args, device):
         if args.probe:
             for name, features in (("chosen", pair), ("largest", whole)):
                 result[name]["probe"], result[name]["probe_decay"] = probe(*features, task)
-        write_subnet(plain.cpu(), content, task.name, {"size": [list(stage) for stage in inside[chosen][1]]}, args)
-        save_json(os.path.join(args.out, task.name, "result.json"), result)
+        folder = os.path.join(args.out, task.name, "sizes")             # beside what sub-nets gave
+        write_subnet(plain.cpu(), content, folder, task.name, {"size": [list(stage) for stage in inside[chosen][1]]}, args)
+        save_json(os.path.join(folder, "result.json"), result)
     return result
 
 
@@ -481,11 +483,13 @@ def report(result, scores, tests, net):
 def write(net, content, result, scores, tests, args):
     """The task's folder of files."""
     path = lambda name: os.path.join(args.out, result["task"], name)
-    write_subnet(net.extract(result["chosen"]["path"]).cpu(), content, result["task"], {"index": result["chosen"]["index"]}, args)
+    write_subnet(net.extract(result["chosen"]["path"]).cpu(), content, path(""), result["task"], {"index": result["chosen"]["index"]}, args)
     save_array(path("scores.npy"), scores.astype(np.float32))
     save_array(path("test_scores.npy"), tests.astype(np.float32))
     if np.isfinite(scores).sum() > 1:
         png(path("histogram.png"), lambda axes: draw_histogram(axes, result, scores))
+    if os.path.exists(path("cluster.png")):            # perhaps of another run
+        os.remove(path("cluster.png"))
     if args.clusters_shown is not None:
         images, clusters = args.clusters_shown
         members = np.flatnonzero(clusters == result["chosen"]["index"])
@@ -494,10 +498,10 @@ def write(net, content, result, scores, tests, args):
     save_json(path("result.json"), result)
 
 
-def write_subnet(plain, content, task, which, args):
+def write_subnet(plain, content, folder, task, which, args):
     """subnet.pt of a plain network, and subnet.pt2 with --export, in the task's folder."""
-    path = lambda name: os.path.join(args.out, task, name)
-    os.makedirs(path(""), exist_ok=True)
+    path = lambda name: os.path.join(folder, name)
+    os.makedirs(folder, exist_ok=True)
     out = sdrnet.checkpoint(plain, "subnet", origin={"checkpoint": args.checkpoint, "task": task, **which})
     out["config"]["image_size"] = content["config"]["image_size"]
     sdrnet.save(path("subnet.pt"), out)
@@ -505,7 +509,7 @@ def write_subnet(plain, content, task, which, args):
         export(plain, content["config"]["image_size"], path("subnet.pt2"))
 
 
-def summary(results, names, out):
+def summary(results, names, picture):
     """One table of all tasks: test percent, the gain of the routed sub-net with a bar, the average, as in the paper."""
     columns, gains = ["chosen"] + names, {}
     for measure, title in (("test", "kNN"), ("probe", "linear probe")):
@@ -518,7 +522,7 @@ def summary(results, names, out):
             bar = "#" * round(12 * abs(g) / max(np.abs(gain).max(), 1e-9))
             say(f"  {task:<16} {metric:<15}" + "".join(f"{v:10.2f}" for v in row) + f"{g:+8.2f}  " + (f"{bar:>12}|" if g < 0 else f"{'':12}|{bar}"))
     if rank() == 0:
-        png(os.path.join(out, "gain.png"), lambda axes: draw_gains(axes, results, gains))
+        png(picture, lambda axes: draw_gains(axes, results, gains))
 
 
 def parse(argv=None):
@@ -544,6 +548,10 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.budget_gflops and (args.search != "all" or args.simsiam not in (None, "none")):
         raise InputError("--budget-gflops searches sizes; --search and --simsiam go with sub-nets")
+    if args.budget_gflops:
+        parser.idle(args, ("data", "clusters"), "with --budget-gflops")
+    else:
+        parser.idle(args, ("samples",), "without --budget-gflops")
     return args
 
 
@@ -551,7 +559,9 @@ def shown_clusters(args, content):
     """(images, clusters) behind the sub-nets, for pictures, where they are at hand; else None."""
     config = content.get("origin", {}).get("config", {})
     data, file = args.data or ("toy" if config.get("data") == "toy" else None), args.clusters or os.path.join(args.out, "clusters.npy")
-    if data is None or not os.path.isfile(file):
+    if args.clusters and data is None:
+        raise InputError(f"--clusters {file} shows images: name them with --data")
+    if data is None or not args.clusters and not os.path.isfile(file):
         return None
     images = open_images(argparse.Namespace(data=data, root=args.root, download=False, subset=config.get("subset"), seed=config.get("seed", 0), max_bad=1.0, out=args.out))
     try:
@@ -589,14 +599,14 @@ def main():
     if args.budget_gflops:
         sizes_in_window(net, size, *(g * 1e9 for g in args.budget_gflops), 1, 0)       # a window without a network ends here
         say(f"{args.checkpoint}: sizes of {net.config['arch']} width {net.config['width']} within {args.budget_gflops} GFLOPs; {len(tasks)} task(s)")
-        return summary([search_sizes(net, content, decoded(task, size, args.max_images, args.workers), args, device) for task in tasks], ["largest"], args.out)
+        return summary([search_sizes(net, content, decoded(task, size, args.max_images, args.workers), args, device) for task in tasks], ["largest"], os.path.join(args.out, "gain_sizes.png"))
     args.clusters_shown = shown_clusters(args, content)
     say(f"{args.checkpoint}: {net.groups ** 4} sub-nets of {net.config['arch']} width {net.config['width']}; {len(tasks)} task(s), --search {args.search}")
     results = []
     for task in tasks:
         say(f"{task.name}: {len(task.train.classes)} classes, {len(task.train):,} training and {len(task.test):,} test images")
         results.append(route(net, content, decoded(task, size, args.max_images, args.workers), others, args, device))
-    summary(results, list(others), args.out)
+    summary(results, list(others), os.path.join(args.out, "gain.png"))
 
 
 if __name__ == "__main__":

@@ -316,6 +316,22 @@ class BatchNorm(nn.BatchNorm2d):
 
 # ---------------------------------------------------------------------------- networks
 
+def convolve(x, weight, bias, stride, padding=0, groups=1):
+    """torch's 2-d convolution. A strided 1x1 one of few channels is given every other pixel instead: on CPU in channels_last,
+    with fewer than 16 channels in and maps of 72 pixels and more, the gradient of its weights writes beyond its memory (seen
+    with torch 2.15; the process dies, or later does)."""
+    if weight.shape[-1] == 1 and max(stride) > 1 and weight.shape[1] < 16 and max(x.shape[2:]) > 32:
+        x, stride = x[..., ::stride[0], ::stride[1]], (1, 1)
+    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+
+
+class Shortcut(nn.Conv2d):
+    """The 1x1 convolution of a block's shortcut, by `convolve`."""
+
+    def forward(self, x):
+        return convolve(x, self.weight, None, self.stride)
+
+
 class Block(nn.Module):
     """A residual block under torchvision's names: conv1, bn1, conv2, bn2[, conv3, bn3][, downsample.0, downsample.1].
     inner: width inside; out: width of the output; the stride sits in the first 3x3 convolution."""
@@ -330,7 +346,7 @@ class Block(nn.Module):
         self.depth = len(shapes)
         self.downsample = None
         if stride != 1 or inp != out:                  # without BatchNorm only in an extracted ResNet-18/34: selects the path's channels
-            self.downsample = nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), *([norm(out)] if stride != 1 or bottleneck else []))
+            self.downsample = nn.Sequential(Shortcut(inp, out, 1, stride, bias=False), *([norm(out)] if stride != 1 or bottleneck else []))
 
     def layers(self):
         """The (convolution, BatchNorm) pairs of the main branch, in order."""
@@ -444,8 +460,8 @@ class SDRNet(ResNet):
             mean, var = bn.statistics(out, slots, mode)
             scale, shift = bn.scale_and_shift(out)
             scale = scale * torch.rsqrt(var + bn.eps)
-            return F.conv2d(x, weight * scale.view(-1, 1, 1, 1), shift - mean * scale, conv.stride, conv.padding, 1, m)
-        return bn(F.conv2d(x, weight, None, conv.stride, conv.padding, 1, m), out, slots, mode)
+            return convolve(x, weight * scale.view(-1, 1, 1, 1), shift - mean * scale, conv.stride, conv.padding, m)
+        return bn(convolve(x, weight, None, conv.stride, conv.padding, m), out, slots, mode)
 
     def stem(self, x, mode="saved"):
         """Images (B, 3, H, W) -> (B, width, H', W'): common to all paths."""

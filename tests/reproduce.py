@@ -267,10 +267,10 @@ class Experiments:
                *(a for t in self.tasks for a in ("--task", t)), log=os.path.join(folder, "route.log"))
         beside, search = time.time() - began, {}
         for task in pretrain.open_tasks(self.tasks, self.seed):
-            result = json.load(open(os.path.join(folder, task.name, "result.json")))
+            result = json.load(open(os.path.join(folder, task.name, "sizes", "result.json")))
             search[task.name] = {"largest": result["largest"]["test"], "images": [len(task.train), len(task.test)],
                                  **{name: [s[k] for s in result["sampled"]] for name, k in (("similarities", "similarity"), ("trains", "train"), ("tests", "test"))}}
-        return {**line, "beside": round(beside * len(self.targets) / len(search), 1), "judged": self.judged(lambda task: os.path.join(folder, task, "subnet.pt")), "search": search}
+        return {**line, "beside": round(beside * len(self.targets) / len(search), 1), "judged": self.judged(lambda task: os.path.join(folder, task, "sizes", "subnet.pt")), "search": search}
 
     def detection(self, name):
         """Average precision on the toy scenes, from the sub-net routed for toy-shapes or from SimSiam continued."""

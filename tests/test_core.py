@@ -591,7 +591,7 @@ def processes(script, count, *arguments):
 def test_two_processes_share_the_sub_trees_and_score_alike(tmp_path):
     (tmp_path / "route_two.py").write_text(textwrap.dedent("""
         import argparse, sys, numpy as np, torch, pretrain, route, sdrnet
-        device = pretrain.start(argparse.Namespace(device="cpu", seed=0))
+        device = pretrain.start(argparse.Namespace(device="cpu", seed=0, out="."))
         net = sdrnet.SDRNet("resnet18", 8, 2, 0.5, True).eval()
         for m in net.modules():
             if isinstance(m, sdrnet.BatchNorm): torch.nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -614,7 +614,7 @@ def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
         import sys, torch, torch.distributed as dist, pretrain, sdrnet
         import numpy as np, argparse, os
         out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-        args = argparse.Namespace(device="cpu", seed=0)
+        args = argparse.Namespace(device="cpu", seed=0, out=".")
         device = pretrain.start(args)
         torch.manual_seed(1)               # with seed 0 an activation lies within fp32's rounding of 0: its ReLU decides
         net = sdrnet.SDRNet("resnet18", 8, 2, 0.5, True)       # otherwise, and gradients differ by 1e-3 (in float64 by 1e-14)
@@ -648,3 +648,29 @@ def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
         for name, g in one["grad"].items():            # and no parameter by itself is off
             assert (g - two["grad"][name]).norm() <= 10 * grad_bar * max(g.norm(), 0.01 * size(one["grad"].values())), (dtype, name)
         assert torch.allclose(one["mean"], two["mean"], atol=1e-6)
+
+
+def test_narrow_networks_train_on_large_maps():
+    """In a process of its own: with fewer than 16 channels torch's strided 1x1 convolution corrupted memory there (`convolve`)."""
+    code = """
+import torch, pretrain
+from sdrnet import SDRNet, convolve
+torch.manual_seed(0)
+x, w = torch.randn(2, 8, 96, 96, dtype=torch.float64), torch.randn(12, 8, 1, 1, dtype=torch.float64)
+assert torch.equal(convolve(x, w, None, (2, 2)), torch.nn.functional.conv2d(x[..., ::2, ::2], w))
+for sizes, paths in ((None, ()), ((1, 4), [((1, 4),) * 4])):
+    model = pretrain.SDR(SDRNet("resnet18", 8, 1, small_stem=True, sizes=sizes), width=16).to(memory_format=torch.channels_last)
+    for _ in range(4):
+        x = torch.randn(16, 3, 128, 128).contiguous(memory_format=torch.channels_last)
+        model(x, None, paths)[0].backward()
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "165"})
+    assert done.returncode == 0 and done.stdout == "done\n", (done.returncode, done.stderr[-2000:])
+
+
+def test_a_learning_rate_that_equals_a_default_is_kept():
+    for lr, expected in (("0.1", 0.1), (None, 0.05)):
+        args = pretrain.parse(["--data", "photos", "--batch-size", "256", *(["--lr", lr] if lr else [])])
+        pretrain.fill_defaults(args, pretrain.Images(["a"], None))
+        assert args.lr == expected

@@ -365,6 +365,12 @@ def test_schedule_and_linear_rule(capsys):
 
 # ---------------------------------------------------------------------------- several processes
 
+def test_running_variance_is_that_of_several_processes():
+    norm, x = detect_voc.Norm(8), torch.randn(6, 8, 5, 5)
+    norm(x)
+    assert torch.allclose(norm.running_var, 0.9 + 0.1 * x.var((0, 2, 3), correction=0), atol=1e-6)
+
+
 TWO = """
     import sys
     sys.path.insert(0, {root!r})
@@ -383,7 +389,7 @@ TWO = """
     y, z = own(part), whole(full)
     y.backward(g[mine]), z.backward(g)
     assert torch.allclose(y, z[mine], atol=1e-5) and torch.allclose(part.grad, full.grad[mine], atol=1e-5)
-    assert torch.allclose(own.running_mean, whole.running_mean, atol=1e-6)
+    assert torch.allclose(own.running_mean, whole.running_mean, atol=1e-6) and torch.allclose(own.running_var, 0.9 + 0.1 * x.var((0, 2, 3), correction=0), atol=1e-6)
 
     def half(r):
         images, targets = [], []

@@ -273,7 +273,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_target_and_queue(argument
 def test_two_processes_equal_one_for_every_objective(tmp_path):
     (tmp_path / "step.py").write_text(textwrap.dedent("""
         import sys, argparse, torch, pretrain, sdrnet
-        device, results = pretrain.start(argparse.Namespace(device="cpu", seed=0)), {}
+        device, results = pretrain.start(argparse.Namespace(device="cpu", seed=0, out=".")), {}
         for objective, sizes in (("simsiam", (1, 4)), ("byol", None), ("mocov2", None)):
             torch.manual_seed(0)
             model = pretrain.SDR(sdrnet.SDRNet("resnet18", 8, 1, 0.5, True, sizes), width=16, objective=objective, queue=50).double()
@@ -305,13 +305,13 @@ def test_search_over_sizes_chooses_by_similarity_and_exports(toy, tmp_path, monk
     low, high = 0.4 * flops(((2, 8),) * 4) / 1e9, 0.6 * flops(((2, 8),) * 4) / 1e9
     arguments = ["--checkpoint", toy / "datanet.pt", "--task", "toy:weaves", "--amp", "off", "--max-images", "64", "--samples", "3", "--probe", "--budget-gflops", low, high]
     main(route, monkeypatch, "--out", tmp_path, *arguments)
-    result = json.load(open(tmp_path / "toy-weaves" / "result.json"))
+    result = json.load(open(tmp_path / "toy-weaves" / "sizes" / "result.json"))
     assert len(result["sampled"]) == 3 and all(low <= s["gflops"] <= high for s in result["sampled"])
     assert result["chosen"]["similarity"] == max(s["similarity"] for s in result["sampled"]) and result["best"]["test"] == max(s["test"] for s in result["sampled"])
     processes(os.path.join(ROOT, "route.py"), 2, "--out", tmp_path / "two", *arguments)
-    two = json.load(open(tmp_path / "two" / "toy-weaves" / "result.json"))
+    two = json.load(open(tmp_path / "two" / "toy-weaves" / "sizes" / "result.json"))
     assert two["chosen"]["size"] == result["chosen"]["size"] and all(a["similarity"] == pytest.approx(b["similarity"], abs=1e-6) for a, b in zip(two["sampled"], result["sampled"]))
-    plain = sdrnet.load_network(str(tmp_path / "toy-weaves" / "subnet.pt"), ("subnet",))
+    plain = sdrnet.load_network(str(tmp_path / "toy-weaves" / "sizes" / "subnet.pt"), ("subnet",))
     task = pretrain.open_tasks(["toy:weaves"])[0]
     few = route.decoded(task, 32, 64, 0)
     pair = [route.plain_features(plain, part.packed, torch.device("cpu"), "off") for part in (few.train, few.test)]

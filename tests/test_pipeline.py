@@ -1,4 +1,5 @@
 """The scripts as a user runs them: the whole pipeline, running again, several processes, and everything that can be given wrongly."""
+import argparse
 import hashlib
 import importlib
 import json
@@ -16,6 +17,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import pretrain
+import route
 import sdrnet
 
 SMALL = ["--width", "8", "--head", "32", "--batch-size", "32", "--amp", "off", "--sub-batch", "16", "--phases", "1,1,1,1,4", "--distill", "siamkd"]     # every phase and loss
@@ -97,6 +99,7 @@ def test_running_again_says_finished_and_changed_arguments_are_refused(toy):
     out, common = toy
     before = contents(out)
     printed, _ = script("pretrain.py", *common, *SMALL, "--epochs", "1", "--subnets", "4")     # which means nothing to SimSiam
+    assert "mean nothing: --distill, --phases, --sub-batch, --subnets" in printed
     assert "is finished" in printed
     _, error = script("pretrain.py", *common, *SMALL, "--epochs", "2", "--clusters", out / "clusters.npy", "--subnets", "4", expect=2)
     assert "subnets 2 -> 4" in error
@@ -175,16 +178,26 @@ CASES = [
     ("pretrain.py", ["--colour", "red"], "--colour"),
     ("pretrain.py", ["--epoch", "3"], "--epoch"),
     ("pretrain.py", ["--epochs", "many"], "many"),
-    ("pretrain.py", ["--phases", "1,2"], "five"),
-    ("pretrain.py", ["--kd-weight", "0.5"], "--distill"),
+    ("pretrain.py", ["--clusters", "{out}/clusters.npy", "--phases", "1,2"], "five"),
+    ("pretrain.py", ["--clusters", "{out}/clusters.npy", "--kd-weight", "0.5"], "add --distill"),
+    ("pretrain.py", ["--clusters", "{out}/clusters.npy", "--phases", "nan,0,0,0,1"], "none negative"),
+    ("pretrain.py", ["--clusters", "{out}/clusters.npy", "--phases", "1,0,0,0,0"], "trains no sub-net"),
+    ("pretrain.py", ["--root", "x"], "--root does nothing with --data toy"),
+    *[("pretrain.py", [option, value], f"argument {option}: {value} is not from") for option, value in
+      (("--epochs", "nan"), ("--epochs", "inf"), ("--lr", "0"), ("--seed", "-1"), ("--head", "3"), ("--weight-decay", "-1"), ("--max-bad", "2"), ("--monitor-every", "0"), ("--width", "99999"))],
+    *[("cluster.py", [option, value], f"argument {option}: {value} is not from") for option, value in (("--k", "0"), ("--eps", "nan"), ("--temperature", "inf"), ("--rate", "-1"))],
+    ("cluster.py", ["--retrieve", "toy:weaves", "--budget", "4", "--balanced"], "--balanced does nothing with --retrieve"),
+    ("route.py", ["--samples", "3"], "--samples does nothing without --budget-gflops"),
+    ("detect_voc.py", ["--test-sets", "2012:val"], "--test-sets does nothing without --voc"),
+    ("detect_voc.py", ["--backbone", "{out}/sdrnet.pt", "--path", "a,b"], "four digits"),
     ("pretrain.py", ["--device", "tpu"], "tpu"),
-    ("pretrain.py", ["--width", "1", "--groups", "4"], "width 1"),
+    ("pretrain.py", ["--subset", "{sub}", *SMALL, "--clusters", "{out}/clusters.npy", "--width", "1"], "width 1"),
     ("pretrain.py", ["--init", "{w}/text.pt", *SMALL], "text.pt"),
     ("pretrain.py", ["--init", "{out}/simsiam.pt", "--width", "16"], "another architecture"),
     ("pretrain.py", ["--monitor-task", "{w}/notest"], "test"),
     ("pretrain.py", ["--clusters", "{w}/missing.npy"], "missing.npy"),
     *[("pretrain.py", ["--subset", "{sub}", *SMALL, "--clusters", f"{{w}}/{name}.npy"], text) for name, text in
-      (("length", "100 entries"), ("float", "float32"), ("table", "(320, 1)"), ("range", "holds cluster 99"), ("negative", "negative"), ("seventeen", "17 clusters"),
+      (("length", "100 entries"), ("float", "float32"), ("table", "(320, 1)"), ("range", "holds clusters 0 to 99"), ("negative", "holds clusters -1 to"), ("seventeen", "17 clusters"),
        ("listing", "another listing"), ("hole", "cluster 3 has no image"), ("pickled", "not a plain .npy"))],
     ("pretrain.py", ["--subset", "{sub}", *SMALL, "--clusters", "{out}/clusters.npy", "--sub-batch", "17"], "does not divide"),
     ("pretrain.py", ["--subset", "{sub}", *SMALL, "--clusters", "{out}/clusters.npy", "--groups", "3"], "--groups 3"),
@@ -224,6 +237,29 @@ def test_bad_input_ends_a_script_with_status_2_and_one_line(toy, wrong, tmp_path
         assert error.startswith(f"{name}: error: ") and error.count("\n") == 1 and text in error
     _, error = script("pretrain.py", "--out", tmp_path / "new", "--data", wrong / "nowhere", processes=2, expect=1)
     assert error.count("pretrain.py: error: ") == 1
+
+
+def test_clusters_of_features_alone_are_checked_by_length(tmp_path, capsys):
+    images = pretrain.toy_listing(20, 0)
+    np.save(tmp_path / "clusters.npy", np.arange(20) % 16)
+    (tmp_path / "clusters.json").write_text('{"n": 20, "k": 16, "sha256": null}')
+    assert pretrain.load_clusters(str(tmp_path / "clusters.npy"), images)[1] == 2 and "only its length was checked" in capsys.readouterr().out
+
+
+def test_pictures_are_of_the_clusters_that_trained_only(toy, tmp_path, capsys):
+    """route.py shows no cluster of a clusters.npy that was written anew beside the checkpoint."""
+    out = toy[0]
+    content = sdrnet.load(str(out / "sdrnet.pt"))
+    shown = lambda file: route.shown_clusters(argparse.Namespace(data="toy", clusters=None, out=str(file), root=None, checkpoint="sdrnet.pt"), content)
+    assert (shown(out)[1] == np.load(out / "clusters.npy")).all()
+    np.save(tmp_path / "clusters.npy", np.load(out / "clusters.npy")[::-1])
+    assert shown(tmp_path) is None and "is not what sdrnet.pt was trained on" in capsys.readouterr().out
+
+
+def test_a_file_as_out_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sdrnet.InputError, match="this is a file"):
+        pretrain.start(argparse.Namespace(out=str(tmp_path / "file"), device="cpu", seed=0))
 
 
 def test_a_read_only_folder_is_one_line(tmp_path):

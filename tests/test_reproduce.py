@@ -45,12 +45,14 @@ def test_neighbours_stand_beside_each_other_with_their_cost():
     judged = lambda knn: {task: {"knn": knn + i, "probe": knn + 10, "gflops": 0.5} for i, task in enumerate(("a", "b"))}
     line = lambda run, seed, knn, **more: {"run": f"neighbours: {run}", "seed": seed, "judged": judged(knn), "images_seen": 1000, "seconds": 7.0, **more}
     lines = [line("SEPT", 0, 20.0, beside=3.0), line("SEPT", 1, 22.0, beside=5.0), line("SDR", 0, 30.0, largest=judged(25.0)),
-             line("DATA", 0, 10.0, search={"a": {"largest": 12.0, "chosen": 10.0, "best": 11.5, "similarities": [0.1, 0.2, 0.3], "trains": [7.0, 9.0, 8.0], "tests": [9.0, 10.5, 11.5]}})]
+             line("DATA", 0, 10.0, search={"a": {"largest": 12.0, "images": [30, 10], "similarities": [0.1, 0.3, 0.2], "trains": [8.0, 7.0, 9.0], "tests": [9.0, 10.5, 11.5]}})]
     text = reproduce.neighbours(lines)
     spread = f"± {np.std([20, 22], ddof=1):.2f}"
     assert f"| SEPT | 21.00 {spread} / 31.00 {spread} | 22.00 {spread} / 31.00 {spread} | 21.50 {spread} | 31.00 {spread} | 1,000 | 7, 4 | 0.5000 | 2 |" in text
     assert "| SDR: its largest network | 25.00 / 35.00 | 26.00 / 35.00 | 25.50 | 35.00 | 1,000 | 7, 0 | 0.5000 | 1 |" in text
-    assert "| a | 12.00 | 10.00 | 10.50 | 11.50 | 10.33 | 1.00 |" in text and reproduce.neighbours([]) == []
+    both = np.array([8.25, 7.875, 9.625])              # (30 train + 10 test) / 40; the second size is chosen, the third best
+    assert f"| a | 1.00 | 0.00 | {11.5 - 31 / 3:.2f} | {9.625 - 7.875:.2f} | {9.625 - both.mean():.2f} | -0.50 |" in text and any("best of the 3 sizes" in row for row in text)
+    assert reproduce.neighbours([]) == []
 
 
 def test_finished_runs_are_not_run_again_and_a_failure_is_one_line(tmp_path, monkeypatch):

@@ -208,6 +208,16 @@ def test_files_that_vanish_count_as_broken(tmp_path):
         images.share()
 
 
+def test_nothing_is_trained_when_all_images_have_vanished(tmp_path):
+    """Whatever --max-bad: there is nothing left to stand in."""
+    album(tmp_path / "a", [(24 + i, 40) for i in range(16)])
+    images = listing(tmp_path / "a", tmp_path, 1.0).pack()
+    shutil.rmtree(tmp_path / "a")
+    next(pretrain.training_batches(images, pretrain.Plan(16, 8, 1, 0), 0, size=16, seed=0, device=torch.device("cpu"), workers=0))
+    with pytest.raises(InputError, match="or all, are broken|a hundred in a row, or all"):
+        images.share()
+
+
 def test_a_broken_image_of_a_task_is_refused_by_name(tmp_path):
     album(tmp_path / "a", [(24, 24)] * 3)
     spoil(tmp_path / "a", (1,))
