@@ -345,7 +345,7 @@ def read_annotation(file, images, classes=None):
                 raise InputError(f"box {box} is outside its image of {size[0]}x{size[1]}")
             words.append(text(thing, "name"))
             if classes is not None and words[-1] not in classes:
-                raise InputError(f"class {words[-1]!r} is not in the list {', '.join(classes)}; --classes found takes those of the training images")
+                raise InputError(f"class {words[-1]!r} is not among {', '.join(classes)}: with --classes found those of the training images, else those named by --classes")
             boxes.append([max(x1, 1) - 1, max(y1, 1) - 1, min(x2, size[0]), min(y2, size[1])])
             difficult.append(text(thing, "difficult") == "1")
         return image, size, np.array(boxes, float).reshape(-1, 4), words, np.array(difficult, bool)
@@ -365,7 +365,9 @@ def voc_scenes(devkit, sets, classes):
         folder = os.path.join(devkit, f"VOC{year}" if os.path.isdir(os.path.join(devkit, f"VOC{year}")) else year)
         listing = os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
         if not os.path.isfile(listing):
-            raise InputError(f"no {listing}: --voc, --train-sets and --test-sets must name splits that are there")
+            there = sorted(glob.glob(os.path.join(glob.escape(devkit), "*", "ImageSets", "Main", "[!_]*.txt")), key=lambda f: ("_" in os.path.basename(f), f))[:6]
+            named = [f"{f.split(os.sep)[-4].removeprefix('VOC')}:{os.path.basename(f)[:-4]}" for f in there]
+            raise InputError(f"no {listing}: --train-sets and --test-sets name splits of --voc, " + (f"such as {', '.join(named)}" if named else "which holds no VOC folder"))
         with open(listing, errors="replace") as file:
             ids = [line.split()[0] for line in file if line.strip()]
         if not ids:
