@@ -318,9 +318,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 def convolve(x, weight, bias, stride, padding=0, groups=1):
     """torch's 2-d convolution. A strided 1x1 one of few channels is given every other pixel instead: on CPU in channels_last,
-    with fewer than 16 channels in and maps of 72 pixels and more, the gradient of its weights writes beyond its memory (seen
-    with torch 2.15; the process dies, or later does)."""
-    if weight.shape[-1] == 1 and max(stride) > 1 and weight.shape[1] < 16 and max(x.shape[2:]) > 32:
+    with fewer channels in than a vector has places (8 with AVX2, 16 with AVX-512) and one group, the gradient of its weights
+    writes beyond its memory (seen with torch 2.15, maps from 8 and 72 pixels on; the process dies, or does later)."""
+    if weight.shape[-1] == 1 and max(stride) > 1 and weight.shape[1] < 16 and groups == 1:
         x, stride = x[..., ::stride[0], ::stride[1]], (1, 1)
     return F.conv2d(x, weight, bias, stride, padding, 1, groups)
 

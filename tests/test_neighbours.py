@@ -17,6 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import cluster
+import detect_voc
 import pretrain
 import route
 import sdrnet
@@ -106,6 +107,8 @@ def test_retrieve_by_its_command_line(toy, tmp_path, monkeypatch, capsys):
     assert found.tolist() == sorted(subset[plain_round_robin(f, t, 40, dropped)])
     script = os.path.join(ROOT, "cluster.py")
     processes(script, 2, *common, "--subset", toy / "half.npy", "--retrieve", folder, "--budget", 40, "--out", tmp_path / "two", "--drop-duplicates")
+    with pytest.raises(InputError, match="made from another listing"):
+        main(pretrain, monkeypatch, "--seed", "1", "--subset", tmp_path / "one" / "subset.npy", "--out", tmp_path / "other")         # other toy images
     assert np.array_equal(np.load(tmp_path / "two" / "subset.npy"), found)
     np.save(tmp_path / "f.npy", f)
     main(cluster, monkeypatch, *common, "--features", tmp_path / "f.npy", "--retrieve", folder, "--budget", 40, "--out", tmp_path / "three")
@@ -312,6 +315,8 @@ def test_search_over_sizes_chooses_by_similarity_and_exports(toy, tmp_path, monk
     two = json.load(open(tmp_path / "two" / "toy-weaves" / "sizes" / "result.json"))
     assert two["chosen"]["size"] == result["chosen"]["size"] and all(a["similarity"] == pytest.approx(b["similarity"], abs=1e-6) for a, b in zip(two["sampled"], result["sampled"]))
     plain = sdrnet.load_network(str(tmp_path / "toy-weaves" / "sizes" / "subnet.pt"), ("subnet",))
+    backbone, shape, _ = detect_voc.load_backbone(str(tmp_path / "toy-weaves" / "sizes" / "subnet.pt"))
+    assert shape["depths"] == [depth for depth, _ in result["chosen"]["size"]] and torch.equal(backbone.conv1.weight, plain.conv1.weight)
     task = pretrain.open_tasks(["toy:weaves"])[0]
     few = route.decoded(task, 32, 64, 0)
     pair = [route.plain_features(plain, part.packed, torch.device("cpu"), "off") for part in (few.train, few.test)]
