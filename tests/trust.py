@@ -223,7 +223,7 @@ def terms(lab, names=("simsiam", "sdr", "sdr", "sdr", "photos", "photos", "detec
 STEPS = """
     import argparse, os, sys, numpy as np, torch, pretrain, sdrnet
     out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-    args = argparse.Namespace(device="cpu", seed=0, lr=float(sys.argv[3]), weight_decay=5e-4, image_size=32, workers=0, blur=0.0, amp="off", save_every=(1000, "steps"),
+    args = argparse.Namespace(device="cpu", seed=0, out=".", lr=float(sys.argv[3]), weight_decay=5e-4, image_size=32, workers=0, blur=0.0, amp="off", save_every=(1000, "steps"),
                               monitor_every=1, collapse_std=0.0, stop_on_collapse=False, objective="simsiam", sizes=None)
     device = pretrain.start(args)
     torch.manual_seed(0)
