@@ -1,0 +1,876 @@
+"""pretrain.py - SimSiam, then SDR: one supernet whose sub-nets are each trained on one cluster.
+
+    torchrun pretrain.py                                     # toy images -> runs/toy/simsiam.pt
+    torchrun pretrain.py --clusters runs/toy/clusters.npy    # 16 sub-nets -> runs/toy/sdrnet.pt
+    python pretrain.py --data photos/ --out runs/photos      # your own folder, any depth
+    torchrun --nproc_per_node 8 pretrain.py --data imagenet/train --out runs/in1k --workers 12
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
+             pretrain.py --data imagenet/train --out runs/in1k --clusters runs/in1k/clusters.npy
+
+In the paper's terms (SDR, AAAI 2022), for two views 1, 2 of an image, z = projector(f),
+p = predictor(z), and sg(z) through which no gradient flows:
+
+    D(p, z)      = -cos(p, sg(z))
+    L_ssl(D; W)  = D(p_1, z_2)/2 + D(p_2, z_1)/2               SimSiam, images D, network W
+    KD_i         = D(q(z_i1), z_02)/2 + D(q(z_i2), z_01)/2     SiamKD: W_0 teaches W_i through q
+    L            = L_ssl(D_0; W_0) + mean over sampled i of [ L_ssl(D_i; W_i) + lambda KD_i ]
+
+Without --clusters the first term alone: SimSiam. With it each step draws B images uniformly for
+W_0, and m clusters in proportion to their sizes, B images of each for its sub-net. Training is
+progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split.
+
+In:   --data      a folder; default: toy images, which tests/toy.py draws into runs/toy/images
+      --clusters  clusters.npy, int64 (N,), from cluster.py
+Out:  <out>/images.txt     one name a line, sorted: line i is row i of every array
+      <out>/simsiam.pt     (byol.pt) network and heads; beside it features.npy, float32 (N, D)
+      <out>/sdrnet.pt      with --clusters: the same, and the statistics of all prefixes
+      <out>/*.last.pt      the state to go on from: the same command again does, bit for bit
+      <out>/*.log.jsonl    the lines on the screen. std is that of unit z times sqrt(d): about 1 in
+                           health, 0 in collapse; each loss runs from 0 down to -1
+
+Measured: MEASURED
+
+Deviations from SimSiam's code: hue turns about the grey axis of RGB and not in HSV. Not known of
+SDR, so chosen here: sub-nets have heads of their own, copies of W_0's when they enter; the teacher
+is normalised by the cluster's own batch, as its student is; q, a copy of the predictor, keeps a
+constant learning rate as predictors do; B, m, lambda, the phases and what "progressive" means
+(--phases-literal is the other reading). BYOL is trained by SGD with SimSiam's values.
+"""
+import argparse
+import copy
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import functional as T
+
+import sdrnet
+from sdrnet import InputError
+
+# ------------------------------------------------------------------------------------ views
+# Each view of each image has a row of numbers of its own, uniform in [0, 1), a function of (seed,
+# step, position in the global batch, view). All of its augmentation follows from that row.
+
+TRIES = 10                                             # shapes of a crop, of which not all may fit
+NUMBERS = 2 * TRIES + 2 + 1 + 9 + 1 + 2                # crop, flip, colour, grey, blur
+
+
+def uniform_numbers(seed, step, rows):
+    """float32 (rows, 2 views, NUMBERS), the rows of all processes."""
+    rng = np.random.default_rng([seed, 0, step])
+    return torch.from_numpy(rng.random((rows, 2, NUMBERS), dtype=np.float32))
+
+
+def crop_boxes(u, height, width, area=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+    """RandomResizedCrop's boxes: u (n, 22) uniform -> top, left, height, width, int64 (n, 4).
+
+    The first of ten shapes that fits counts; if none does, the centre of the image."""
+    target = height * width * (area[0] + (area[1] - area[0]) * u[:, :TRIES])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * u[:, TRIES:2 * TRIES])
+    w = (target * aspect).sqrt().round()
+    h = (target / aspect).sqrt().round()
+    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)      # (n, 10)
+    first = fits.int().argmax(1, keepdim=True)
+    found = fits.any(1)
+    w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * ratio[1])))
+    h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width / ratio[0])))
+    place = torch.where(found[:, None], u[:, 2 * TRIES:2 * TRIES + 2], 0.5)
+    top = ((height - h + 1) * place[:, 0]).floor()
+    left = ((width - w + 1) * place[:, 1]).floor()
+    return torch.stack([top, left, h, w], 1).long()
+
+
+def crop_batch(images, boxes, size):
+    """images uint8 (n, 3, H, W), boxes (n, 4) -> float32 (n, 3, size, size) in [0, 1], bilinear.
+
+    Nothing is averaged where a box is more than twice as large as `size`."""
+    height, width = images.shape[2:]
+    top, left, h, w = boxes.to(images.device).float().unbind(1)
+    theta = torch.zeros(len(images), 2, 3, device=images.device)   # output place -> input place
+    theta[:, 0, 0] = w / width
+    theta[:, 0, 2] = (2 * left + w) / width - 1
+    theta[:, 1, 1] = h / height
+    theta[:, 1, 2] = (2 * top + h) / height - 1
+    grid = F.affine_grid(theta, (len(images), 3, size, size), align_corners=False)
+    x = images.float() / 255
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def grey(x):
+    """Luma of RGB: (n, 3, H, W) -> (n, 1, H, W)."""
+    return (x * x.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def turn_hue(x, angle):
+    """Turns RGB about its grey axis by `angle` (n, 1, 1, 1), radians: x (n, 3, H, W)."""
+    mean = x.mean(1, keepdim=True)
+    across = (x.roll(1, 1) - x.roll(-1, 1)) / math.sqrt(3)         # the grey axis times x
+    return mean + angle.cos() * (x - mean) + angle.sin() * across
+
+
+def colour_jitter(x, u):
+    """ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8: x (n, 3, H, W) in [0, 1], changed in
+    place; u (n, 9): jitter or not, four strengths, four that give the order by their ranks."""
+    factor = 0.6 + 0.8 * u[:, 1:4]                                 # (n, 3)
+    angle = 2 * math.pi * 0.2 * (u[:, 4] - 0.5)                    # a tenth of a circle at most
+    order = u[:, 5:9].argsort(1)
+    order[u[:, 0] >= 0.8] = -1
+    for place in range(4):
+        for change in range(4):
+            rows = (order[:, place] == change).nonzero()[:, 0].to(x.device)
+            if len(rows) == 0:
+                continue
+            part = x[rows]
+            strength = angle if change == 3 else factor[:, change]
+            f = strength.to(x.device)[rows].view(-1, 1, 1, 1)
+            if change == 0:                                        # brightness
+                part = f * part
+            elif change == 1:                                      # contrast, about the mean grey
+                part = f * part + (1 - f) * grey(part).mean((2, 3), keepdim=True)
+            elif change == 2:                                      # saturation
+                part = f * part + (1 - f) * grey(part)
+            else:
+                part = turn_hue(part, f)
+            x[rows] = part.clamp_(0, 1)
+    return x
+
+
+def gaussian_blur(x, sigma, reach=6):
+    """Blurs each image by its own sigma (n,) in pixels, cut off at `reach`: x (n, 3, H, W)."""
+    n, channels, height, width = x.shape
+    place = torch.arange(-reach, reach + 1, device=x.device)
+    kernel = torch.exp(-place ** 2 / (2 * sigma[:, None] ** 2))
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)   # (3n, 13)
+    mode = "reflect" if min(height, width) > reach else "replicate"
+    x = F.pad(x, (reach,) * 4, mode=mode).view(1, n * channels, height + 2 * reach, -1)
+    x = F.conv2d(x, kernel[:, None, None], groups=n * channels)    # along rows, each its kernel
+    x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
+    return x.view(n, channels, height, width)
+
+
+def make_views(x, u, blur):
+    """SimSiam's augmentation after the crop: x float32 (n, 3, S, S) in [0, 1], u (n, NUMBERS).
+
+    blur: its probability. Returns (n, 3, S, S), normalised."""
+    flip, colour, grey_or_not, blur_or_not = u[:, 2 * TRIES + 2:].split([1, 9, 1, 2], 1)
+    x = colour_jitter(x, colour)
+    rows = (grey_or_not[:, 0] < 0.2).nonzero()[:, 0].to(x.device)
+    x[rows] = grey(x[rows]).expand(-1, 3, -1, -1)
+    rows = (blur_or_not[:, 0] < blur).nonzero()[:, 0]
+    if len(rows):
+        sigma = (0.1 + 1.9 * blur_or_not[rows, 1]).to(x.device)
+        rows = rows.to(x.device)
+        x[rows] = gaussian_blur(x[rows], sigma)
+    rows = (flip[:, 0] < 0.5).nonzero()[:, 0].to(x.device)
+    x[rows] = x[rows].flip(3)
+    return sdrnet.normalise(x)
+
+
+# ------------------------------------------------------------------------------------ model
+
+def cosine_loss(p, z):
+    """D(p, z) = -cos(p, sg(z)), the mean over rows in fp32 at least. p, z: (B, d)."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return -F.cosine_similarity(p.to(wide), z.detach().to(wide), dim=1).mean()
+
+
+def symmetric_loss(p, z):
+    """L = D(p_1, z_2)/2 + D(p_2, z_1)/2. p, z: two views (B, d) each."""
+    return cosine_loss(p[0], z[1]) / 2 + cosine_loss(p[1], z[0]) / 2
+
+
+def feature_std(z):
+    """std * sqrt(d) of unit z (B, d): about 1 in health, 0 when all features are one."""
+    z = F.normalize(z.detach().float(), dim=1)
+    return z.std(0).mean() * z.shape[1] ** 0.5
+
+
+def mlp(widths, last_norm=False):
+    """Linear, BatchNorm, ReLU, ..., Linear; last_norm: and a BatchNorm without scale and shift, as
+    SimSiam's projector ends in. Always normalised by the batch, for no head is used without one."""
+    layers = []
+    for i, (inp, out) in enumerate(zip(widths, widths[1:])):
+        last = i == len(widths) - 2
+        layers.append(nn.Linear(inp, out, bias=last and not last_norm))
+        if not last:
+            layers += [sdrnet.BatchNorm(out, track_running_stats=False), nn.ReLU(inplace=True)]
+    if last_norm:
+        layers.append(sdrnet.BatchNorm(widths[-1], affine=False, track_running_stats=False))
+    return nn.Sequential(*layers)
+
+
+class Projector(nn.Sequential):
+    """An mlp whose first layer reads the last stage's channels of a path: f (B, D') -> z (B, d).
+
+    columns: which of D those are, int64 (D',), None for all."""
+
+    def forward(self, f, columns=None):
+        z = F.linear(f, sdrnet.slice_weight(self[0].weight, None, columns))
+        for layer in list(self)[1:]:
+            z = layer(z)
+        return z
+
+
+class SDR(nn.Module):
+    """The supernet and its heads; one forward is the loss of a step.
+
+    net: SDRNet; layers, width: of the projector (SimSiam: 3, 2048); distill: siamkd, l2 or none;
+    kd_weight: lambda; shared_heads: sub-nets use W_0's projector and predictor; objective: simsiam,
+    or byol, whose targets come from a momentum copy (its loss 2 + 2 D differs by constants)."""
+
+    def __init__(self, net, layers=3, width=2048, distill="siamkd", kd_weight=1.0,
+                 shared_heads=False, objective="simsiam"):
+        super().__init__()
+        self.net, self.distill, self.kd_weight = net, distill, kd_weight
+        self.shared_heads = shared_heads
+        widths, hidden, last_norm = [net.features] + [width] * layers, width // 4, True
+        if objective == "byol":
+            widths, hidden, last_norm = [net.features, width, 256], width, False
+        self.projector = Projector(*mlp(widths, last_norm))
+        self.predictor = mlp([widths[-1], hidden, widths[-1]])                # h
+        self.sub_projector = copy.deepcopy(self.projector)
+        self.sub_predictor = copy.deepcopy(self.predictor)
+        self.distiller = copy.deepcopy(self.predictor)                        # q
+        self.target = None
+        if objective == "byol":
+            online = nn.ModuleList([self.net, self.projector, self.sub_projector])
+            self.target = copy.deepcopy(online).requires_grad_(False)
+
+    @torch.no_grad()
+    def enter_subnets(self):
+        """When sub-nets begin to train: their heads, and q, start as copies of W_0's."""
+        self.sub_projector.load_state_dict(self.projector.state_dict())
+        self.sub_predictor.load_state_dict(self.predictor.state_dict())
+        self.distiller.load_state_dict(self.predictor.state_dict())
+        if self.target is not None:
+            self.target[2].load_state_dict(self.target[1].state_dict())
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        """BYOL: target <- tau target + (1 - tau) online."""
+        online = nn.ModuleList([self.net, self.projector, self.sub_projector])
+        for kept, new in zip(self.target.parameters(), online.parameters()):
+            kept.lerp_(new, 1 - tau)
+
+    def targets(self, views, z, path=None, columns=None):
+        """What the views' predictions aim at: SimSiam z itself, BYOL the momentum copy's."""
+        if self.target is None:
+            return z
+        net, projector, sub_projector = self.target
+        head = projector if path is None or self.shared_heads else sub_projector
+        with torch.no_grad():
+            return [head(net(v, path, track=False), columns) for v in views]
+
+    def forward(self, x, subs=()):
+        """x: two views (B, 3, S, S) of W_0's images; subs: [(path, two views (b, 3, S, S)), ...].
+
+        Returns L and a dict of what to log, without gradient. Views are encoded one by one, each
+        normalised by itself, as in SimSiam's code."""
+        z_0 = [self.projector(self.net(v)) for v in x]                        # (B, d) each
+        p_0 = [self.predictor(z) for z in z_0]
+        loss_0 = symmetric_loss(p_0, self.targets(x, z_0))                    # L_ssl(D_0; W_0)
+        log = {"loss": loss_0.detach(), "std": feature_std(z_0[0])}
+        if not subs:
+            return loss_0, log
+        parts = [self.subnet_loss(path, views) for path, views in subs]
+        loss_i, kd_i, std_i = (torch.stack(values) for values in zip(*parts)) # (m,) each
+        log.update(sub_loss=loss_i.detach().mean(), kd=kd_i.detach().mean(), sub_std=std_i.min())
+        return loss_0 + (loss_i + self.kd_weight * kd_i).mean(), log
+
+    def subnet_loss(self, path, x_i):
+        """L_ssl(D_i; W_i), KD_i and the std of z_i, for two views (b, 3, S, S) of a cluster."""
+        projector, predictor = self.sub_projector, self.sub_predictor
+        if self.shared_heads:
+            projector, predictor = self.projector, self.predictor
+        columns = self.net.channels(sdrnet.STAGES - 1, self.net.features, path)
+        z_i = [projector(self.net(v, path), columns) for v in x_i]            # (b, d) each
+        p_i = [predictor(z) for z in z_i]
+        loss_i = symmetric_loss(p_i, self.targets(x_i, z_i, path, columns))   # L_ssl(D_i; W_i)
+        if self.distill == "none":
+            return loss_i, torch.zeros_like(loss_i), feature_std(z_i[0])
+        with torch.no_grad():              # the teacher, normalised by this same batch
+            z_0i = [self.projector(self.net(v, track=False)) for v in x_i]
+        if self.distill == "siamkd":
+            kd_i = symmetric_loss([self.distiller(z) for z in z_i], z_0i)     # KD_i
+        else:                              # L2: |unit z_i - unit z_0|^2 = 2 + 2 D, view by view
+            kd_i = 2 + cosine_loss(z_i[0], z_0i[0]) + cosine_loss(z_i[1], z_0i[1])
+        return loss_i, kd_i, feature_std(z_i[0])
+
+
+# ------------------------------------------------------------------------------------ which images
+# Functions of (seed, step) alone, the same on every process: neither a restart nor the number of
+# processes changes what is drawn.
+
+def phase_of(step, steps, phases):
+    """0 .. 4: the phase that a step lies in. phases: the five shares of the steps."""
+    ends = np.cumsum(phases) / sum(phases) * steps
+    return int(np.searchsorted(ends.round(), step, side="right"))
+
+
+@functools.lru_cache(2)
+def permutation(seed, epoch, count):
+    """The order of the images in an epoch: int64 (count,)."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(count)
+
+
+def uniform_batch(step, seed, count, batch):
+    """W_0's images, int64 (B,): the next of an endless row of epochs, each a permutation."""
+    places = np.arange(step * batch, (step + 1) * batch)
+    return np.array([permutation(seed, at // count, count)[at % count] for at in places])
+
+
+def cluster_batches(step, seed, clusters, groups, phase, subnets, batch, literal=False):
+    """[(path, images int64 (batch,)), ...]: a step's sub-nets and images of their clusters.
+
+    clusters: int64 (N,). A sub-net is drawn as the one of a random image, so in proportion to its
+    images, with replacement. Two readings of the paper's progressive training, phase p = 1 .. 4:
+    - the last p stages are split, the others keep their full width (None), and a sub-net's images
+      are those of all clusters that share its last p digits;
+    - literal: complete paths, but only those whose first 4-p digits are an anchor's."""
+    rng = np.random.default_rng([seed, 2, step])
+    pool, key = np.arange(len(clusters)), clusters
+    if literal:
+        anchor = clusters[np.random.default_rng([seed, 3]).integers(len(clusters))]
+        pool = np.flatnonzero(clusters // groups ** phase == anchor // groups ** phase)
+    else:
+        key = clusters % groups ** phase
+    chosen = []
+    for image in rng.choice(pool, subnets):
+        path = sdrnet.index_to_path(clusters[image], groups)
+        if not literal:
+            path = (None,) * (sdrnet.STAGES - phase) + path[sdrnet.STAGES - phase:]
+        members = np.flatnonzero(key == key[image])
+        chosen.append((path, rng.choice(members, batch, replace=len(members) < batch)))
+    return chosen
+
+
+def my_rows(count):
+    """Which of `count` rows of a global batch are this process's: int64 (count / processes,)."""
+    share = count // sdrnet.world_size()
+    return np.arange(share) + share * sdrnet.rank()
+
+
+# ------------------------------------------------------------------------------------ loading
+
+def two_crops(image, u, size):
+    """uint8 (3, H, W), u (2, NUMBERS) -> its two views' crops, uint8 (2, 3, size, size)."""
+    boxes = crop_boxes(torch.from_numpy(u), *image.shape[1:]).tolist()
+    return torch.stack([T.resized_crop(image, *box, [size, size], antialias=True) for box in boxes])
+
+
+class Crops(sdrnet.Images):
+    """Items (image's index, its numbers (2, NUMBERS), size) -> two crops, uint8 (2, 3, S, S)."""
+
+    def __getitem__(self, item):
+        index, u, size = item
+        self.transform = functools.partial(two_crops, u=u, size=size)
+        return super().__getitem__(index)
+
+
+def decode_all(folder, names, size, workers, most=2e9):
+    """All images as uint8 (N, 3, H, W), or None where they differ in size, take more than `most`
+    bytes, or are more than twice as large as `size`, so that cropping would have to average."""
+    images = sdrnet.Images(folder, names, transform=torch.clone)
+    first = next(sdrnet.load_batches(images, [[0]]))[0]
+    if max(first.shape) > 2 * size or first.numel() * len(names) > most:
+        return None
+    pixels = torch.empty(len(names), *first.shape, dtype=torch.uint8)
+    blocks = [range(a, min(a + 256, len(names))) for a in range(0, len(names), 256)]
+    for block, samples in zip(blocks, sdrnet.load_batches(images, blocks, workers)):
+        if any(sample.shape != first.shape for sample in samples):
+            return None
+        pixels[block.start:block.stop] = torch.stack(samples)
+    return pixels
+
+
+def step_parts(step, args, count, clusters, groups, steps):
+    """This process's part of a step: [(path, images, numbers (n, 2, NUMBERS)), ...], W_0's first,
+    whose path is None."""
+    parts = [(None, uniform_batch(step, args.seed, count, args.batch_size))]
+    phase = 0 if clusters is None else phase_of(step, steps, args.phases)
+    if phase > 0:
+        parts += cluster_batches(step, args.seed, clusters, groups, phase, args.subnets,
+                                 args.sub_batch, args.phases_literal)
+    u = uniform_numbers(args.seed, step, sum(len(images) for _, images in parts))
+    mine, start = [], 0
+    for path, images in parts:
+        rows = my_rows(len(images))
+        mine.append((path, images[rows], u[start + rows]))
+        start += len(images)
+    return mine
+
+
+def training_batches(parts_of, steps, pixels, crops, size, blur, device, workers):
+    """Yields (step, two views of W_0's images, [(path, two views of a cluster's), ...]).
+
+    parts_of(step): what `step_parts` returns; steps: a range; pixels: all images, uint8
+    (N, 3, H, W), or None: then `crops`, a data set of Crops, reads them, `workers` ahead."""
+    if pixels is None:
+        items = ([(i, row, size) for _, images, u in parts_of(step)
+                  for i, row in zip(images, u.numpy())] for step in steps)
+        loaded = sdrnet.load_batches(crops, items, workers)
+    for step in steps:
+        paths, images, u = zip(*parts_of(step))
+        numbers = torch.cat(u)
+        if pixels is None:
+            both = (torch.stack(next(loaded)).to(device).float() / 255).unbind(1)
+        else:
+            batch = pixels[np.concatenate(images)].to(device)
+            boxes = [crop_boxes(numbers[:, v], *batch.shape[2:]) for v in (0, 1)]
+            both = [crop_batch(batch, box, size) for box in boxes]
+        both = [make_views(x.contiguous(), numbers[:, v], blur) for v, x in enumerate(both)]
+        views = list(zip(*(x.split([len(part) for part in images]) for x in both)))
+        yield step, views[0], list(zip(paths[1:], views[1:]))
+
+
+# ------------------------------------------------------------------------------------ training
+
+def make_optimizer(model, weight_decay):
+    """SGD with momentum 0.9 and weight decay on everything, as in SimSiam's code. The learning rate
+    of the predictors stays constant; see set_lr."""
+    groups = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            head = name.split(".")[0]
+            groups[head in ("predictor", "sub_predictor", "distiller")].append(parameter)
+    groups = [{"params": params, "constant": constant} for constant, params in groups.items()]
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay)
+
+
+def set_lr(optimizer, base, step, steps):
+    """One cosine from `base` to 0 over all steps, but for the predictors; returns the rate."""
+    rate = base * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = base if group["constant"] else rate
+    return rate
+
+
+def train_step(model, optimizer, x, subs, device, amp):
+    """One step of an SDR, or of DDP around one, on what SDR.forward takes. Returns what to log,
+    {name: float}, means over the processes."""
+    with sdrnet.autocast(device, amp):
+        loss, log = model(x, subs)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    values = torch.stack([value.float() for value in log.values()])
+    if sdrnet.world_size() > 1:
+        dist.all_reduce(values)
+    return dict(zip(log, (values / sdrnet.world_size()).tolist()))
+
+
+def save_state(path, step, arguments, model, optimizer):
+    """All that going on from `step` needs; process 0 writes it."""
+    if sdrnet.rank() == 0:
+        sdrnet.save_checkpoint(path, {"kind": "training", "config": arguments, "step": step,
+                                      "model": model.state_dict(),
+                                      "optimizer": optimizer.state_dict()})
+
+
+def resume(path, arguments, model, optimizer):
+    """Loads the state that `path` holds and returns its step; 0 where there is no such file.
+
+    Raises InputError where it was made with other arguments."""
+    if not os.path.exists(path):
+        return 0
+    state = sdrnet.load_checkpoint(path, "training")
+    refuse_changes(state["config"], arguments, path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    sdrnet.print0(f"going on from {path}, step {state['step']:,}")
+    return state["step"]
+
+
+def refuse_changes(old, new, path):
+    """Raises InputError that names what differs between two dicts of arguments."""
+    changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    if changed:
+        raise InputError(f"{path} was made with other arguments ({'; '.join(changed)}): "
+                         "give those again, another --out, or --fresh")
+
+
+def log_line(path, line):
+    """A line of progress on the screen and, as JSON, in the log beside the state `path`."""
+    if sdrnet.rank() == 0:
+        texts = (f"{value:.3f}" if isinstance(value, float) else value for value in line.values())
+        print("  ".join(f"{key} {text}" for key, text in zip(line, texts)), flush=True)
+        with open(path.replace(".last.pt", ".log.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def train(model, args, names, clusters, groups, device, path, arguments):
+    """The loop: from the state at `path`, if there is one, to the last step. Returns the steps."""
+    steps = max(1, round(args.epochs * len(names) / args.batch_size))
+    per_epoch = max(1, len(names) // args.batch_size)
+    optimizer = make_optimizer(model, args.weight_decay)
+    first = resume(path, arguments, model, optimizer)
+    pixels = decode_all(args.data, names, args.image_size, args.workers)
+    parts_of = functools.partial(step_parts, args=args, count=len(names), clusters=clusters,
+                                 groups=groups, steps=steps)
+    batches = training_batches(parts_of, range(first, steps), pixels, Crops(args.data, names, None),
+                               args.image_size, args.blur, device, args.workers)
+    ddp = model
+    if sdrnet.world_size() > 1:                        # not all heads are used in every phase
+        ddp = DistributedDataParallel(model, find_unused_parameters=clusters is not None)
+    began = shown = saved = time.time()
+    for step, x, subs in batches:
+        phase = 0 if clusters is None else phase_of(step, steps, args.phases)
+        if phase > 0 and (step == 0 or phase_of(step - 1, steps, args.phases) == 0):
+            model.enter_subnets()                      # a function of the step: resuming is exact
+        rate = set_lr(optimizer, args.lr * args.batch_size / 256, step, steps)
+        values = train_step(ddp, optimizer, x, subs, device, args.amp)
+        if model.target is not None:                   # BYOL's tau rises from 0.996 to 1
+            model.update_target(1 - 0.002 * (1 + math.cos(math.pi * step / steps)))
+        if not math.isfinite(sum(values.values())):
+            raise InputError(f"step {step:,}: not finite: {values}; the last good state, if there "
+                             f"is one, is {path}: go on with a lower --lr, or --amp off")
+        done, now = step + 1, time.time()
+        epoch_ends = done % per_epoch == 0 or done == steps
+        stop, show, save = sdrnet.on_any(bool(sdrnet.CAUGHT), epoch_ends or now - shown > 60,
+                                         epoch_ends or now - saved > 600)
+        if show:
+            shown = now
+            speed = (done - first) / (now - began)
+            left = (steps - done) / speed / 60
+            log_line(path, {"step": done, "phase": phase, "epoch": done / per_epoch, "lr": rate,
+                            **values, "steps/s": speed, "minutes left": left})
+        if args.monitor_task and done % max(1, steps // 10) == 0:
+            monitor(model.net, args, done, device, path)
+        if save or stop:
+            saved = now
+            save_state(path, done, arguments, model, optimizer)
+        if stop:
+            sdrnet.print0(f"stopped at step {done:,} and saved; the same command goes on")
+            sys.exit(128 + max(sdrnet.CAUGHT, default=15))
+    return steps
+
+
+def monitor(net, args, step, device, path):
+    """kNN accuracy of W_0, by its running statistics, on the --monitor-task."""
+    import route                                       # the one arrow to another stage
+    task = route.open_task(args.monitor_task)
+    net.eval()
+    accuracy = route.knn_accuracy(net, task, args.image_size, device, args.amp, args.workers)
+    net.train()
+    log_line(path, {"step": step, "task": task.name, "knn": accuracy})
+
+
+# ------------------------------------------------------------------------------------ the end
+
+def finish(model, kind, args, names, clusters, groups, device, origin, final):
+    """Statistics for inference, features.npy (SimSiam and BYOL), then the checkpoint `final`, whose
+    existence so vouches for the rest."""
+    net = model.net
+    crop = functools.partial(sdrnet.center_crop, size=args.image_size)
+    images = sdrnet.Images(args.data, names, crop)
+    lengths = range(1 if clusters is None else 1 + sdrnet.STAGES)
+    prefixes = [p for n in lengths for p in itertools.product(range(groups), repeat=n)]
+    batches = [calibration_batches(p, len(names), clusters, groups, args.seed) for p in prefixes]
+    stream = sdrnet.load_batches(images, itertools.chain(*batches), args.workers)
+    count = {prefix: len(blocks) for prefix, blocks in zip(prefixes, batches)}
+
+    def images_of(prefix):
+        for samples in itertools.islice(stream, count[prefix]):
+            yield sdrnet.normalise(torch.stack(samples).to(device).float() / 255)
+    sdrnet.recalibrate_bn(net, images_of, prefixes=clusters is not None)
+    if clusters is None:
+        write_features(net, images, args, device)
+    if sdrnet.rank() == 0:
+        heads = {name: head.state_dict() for name, head in model.named_children()
+                 if name not in ("net", "target")}
+        sdrnet.save_checkpoint(final, {
+            "kind": kind, "config": net.config, "image_size": args.image_size, "heads": heads,
+            "backbone": net.resnet.state_dict(), "statistics": net.prefix_statistics(),
+            "origin": origin})
+    sdrnet.print0(f"wrote {final}")
+
+
+def calibration_batches(prefix, images, clusters, groups, seed, count=512, batch=256):
+    """Which images a prefix's statistics are measured on: half from the clusters whose paths begin
+    with it, half from everywhere, since a task is wider than a cluster; for W_0, (), four times
+    as many from everywhere. Returns this process's part of each batch, a list of int64 arrays."""
+    rng = np.random.default_rng([seed, 4, *prefix])
+    chosen = rng.integers(images, size=count if prefix else 4 * count)
+    if prefix:
+        below = groups ** (sdrnet.STAGES - len(prefix))
+        members = np.flatnonzero(clusters // below == sdrnet.path_to_index(prefix, groups))
+        if len(members):                               # an empty cluster's sub-net never trained
+            chosen[::2] = rng.choice(members, len(chosen[::2]))
+    blocks = chosen.reshape(-1, batch)
+    return [block[my_rows(batch)] for block in blocks]
+
+
+def write_features(net, images, args, device):
+    """<out>/features.npy: each process writes its own rows into the memory-mapped file."""
+    path = os.path.join(args.out, "features.npy")
+    if sdrnet.rank() == 0:
+        np.lib.format.open_memmap(f"{path}.tmp", "w+", np.float32, (len(images), net.features))
+    if sdrnet.world_size() > 1:
+        dist.barrier()
+    table = np.lib.format.open_memmap(f"{path}.tmp", "r+")
+    sdrnet.embed(net, images, device, args.amp, args.workers, table=table)
+    table.flush()
+    if sdrnet.world_size() > 1:
+        dist.barrier()
+    if sdrnet.rank() == 0:
+        os.replace(f"{path}.tmp", path)
+    sdrnet.print0(f"wrote {path}: {table.shape[0]:,} x {table.shape[1]}")
+
+
+# ------------------------------------------------------------------------------------ command
+
+RECIPES = {                                            # where no option says otherwise
+    "toy": dict(arch="resnet18", width=16, small_stem=False, image_size=32, head=512, layers=2,
+                epochs=20, batch_size=64, lr=0.24, weight_decay=5e-4, blur=0.0),
+    "small": dict(arch="resnet18", width=64, small_stem=True, head=2048, layers=2,
+                  epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, blur=0.0),
+    "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, head=2048, layers=3,
+                  epochs=100, batch_size=512, lr=0.05, weight_decay=1e-4, blur=0.5),
+}
+RUN_ONLY = ("data", "out", "device", "workers", "fresh", "monitor_task")     # may change in a run
+
+
+def read_phases(text):
+    """"1,1,1,1,4" -> [1.0, 1.0, 1.0, 1.0, 4.0], a type for argparse."""
+    shares = [float(share) for share in text.split(",")]
+    usable = len(shares) == 5 and all(0 <= share < math.inf for share in shares)
+    if not usable or sum(shares[1:]) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: five shares are needed, none negative, one of "
+                                         "the last four above 0, as in 1,1,1,1,4")
+    return shares
+
+
+def build_parser():
+    """The options. Where no default is given, RECIPES hold it."""
+    number = sdrnet.number
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
+    group = parser.add_argument_group("images and files")
+    group.add_argument("--data", help="folder of images, at any depth; default: toy images")
+    group.add_argument("--out", default="runs/toy", help="folder of this run's files: runs/toy")
+    group.add_argument("--subset", help="an .npy of indices: train on these images of --data only")
+    group.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
+                       help="processes that read images; 0: this one does")
+    group = parser.add_argument_group("network")
+    group.add_argument("--arch", choices=sorted(sdrnet.ARCHS), help="paper: resnet50")
+    group.add_argument("--width", type=number(int, 1), help="channels of the stem; paper: 64")
+    group.add_argument("--small-stem", action=argparse.BooleanOptionalAction, default=None,
+                       help="first convolution 3x3 of stride 1, no pooling; paper: no")
+    group.add_argument("--image-size", type=number(int, 8), help="pixels a side; paper: 224")
+    group.add_argument("--head", type=number(int, 4), help="projector's width; SimSiam: 2048")
+    group = parser.add_argument_group("SDR")
+    group.add_argument("--clusters", help="clusters.npy of cluster.py; without it SimSiam alone")
+    group.add_argument("--shared", type=number(float, 0, 1), default=0.5,
+                       help="share of a stage's channels that all paths use: 0.5; paper: not given")
+    group.add_argument("--subnets", type=number(int, 1), default=2,
+                       help="m, sub-nets drawn a step: 2; paper: not given")
+    group.add_argument("--sub-batch", type=number(int, 2),
+                       help="images of each sub-net: --batch-size; paper: not given")
+    group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="siamkd",
+                       help="from W_0 to sub-nets; paper: siamkd")
+    group.add_argument("--kd-weight", type=number(float, 0), default=1.0,
+                       help="lambda: 1; paper: not given")
+    group.add_argument("--phases", type=read_phases, default="1,1,1,1,4",
+                       help="shares of the steps of phases 0 to 4: 1,1,1,1,4; no phases: 0,0,0,0,1; "
+                       "paper: not given")
+    group.add_argument("--phases-literal", action="store_true",
+                       help="phase p trains complete paths that begin with an anchor's 4-p digits")
+    group.add_argument("--shared-heads", action="store_true",
+                       help="sub-nets use W_0's projector and predictor; paper: not given")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--objective", choices=("simsiam", "byol"), default="simsiam",
+                       help="simsiam; the paper has both")
+    group.add_argument("--init", help="start from these weights: ours, or any ResNet's; none: at "
+                       "random, as in the paper; default with --clusters: <out>/simsiam.pt")
+    group.add_argument("--epochs", type=number(float, 1e-6), help="of W_0; SimSiam: 100")
+    group.add_argument("--batch-size", type=number(int, 2), help="B; SimSiam: 512")
+    group.add_argument("--lr", type=number(float, 1e-12), help="times B / 256; SimSiam: 0.05")
+    group.add_argument("--weight-decay", type=number(float, 0), help="SimSiam: 1e-4")
+    group.add_argument("--blur", type=number(float, 0, 1), help="its probability; SimSiam: 0.5")
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of everything drawn: 0")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                       help="auto: cuda where there is one")
+    group.add_argument("--amp", choices=("auto", "off"), default="auto",
+                       help="auto: bf16 where the hardware has it")
+    group.add_argument("--fresh", action="store_true", help="start anew, over an earlier run")
+    group.add_argument("--monitor-task", help="kNN accuracy on this task, a folder with train/ and "
+                       "test/ of a folder a class, ten times a run")
+    return parser
+
+
+def fill_defaults(args, names, recipe):
+    """Gives options that were not given the recipe's values, and checks what must fit together."""
+    if recipe is None:
+        some = names[::max(1, len(names) // 50)]       # their median decides, not one stray image
+        images = sdrnet.Images(args.data, some, transform=torch.clone)
+        batches = sdrnet.load_batches(images, ([i] for i in range(len(some))))
+        side = int(np.median([min(image.shape[1:]) for image, in batches]))
+        recipe = "small" if side <= 64 else "large"
+        RECIPES["small"]["image_size"] = max(8, side)
+    for key, value in RECIPES[recipe].items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    args.sub_batch = args.sub_batch or args.batch_size
+    world = sdrnet.world_size()
+    for option, value in (("--batch-size", args.batch_size), ("--sub-batch", args.sub_batch)):
+        if value % world:
+            raise InputError(f"{option} {value} does not divide among {world} processes")
+    if len(names) < 2:
+        raise InputError(f"{args.data}: one image alone teaches nothing")
+    values = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()))
+    sdrnet.print0(f"recipe {recipe}: {values}")
+
+
+def fingerprint(data):
+    """The first 16 digits of bytes' SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def load_indices(path, option):
+    """An .npy of integers, int64 (N,). Raises InputError."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{option} {path} is not there or no plain .npy "
+                         f"({sdrnet.first_line(error)})") from None
+    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0 or array.min() < 0:
+        raise InputError(f"{option} {path} holds {array.dtype} of shape {array.shape}; integers "
+                         "from 0 on, of one dimension, are needed")
+    return array.astype(np.int64)
+
+
+def load_clusters(path, names):
+    """clusters.npy for these images: int64 (N,), and g. Raises InputError where it is of others."""
+    clusters = load_indices(path, "--clusters")
+    listing = os.path.join(os.path.dirname(path), "images.txt")
+    if os.path.exists(listing):
+        compare_listings(listing, names)
+    if len(clusters) != len(names):
+        raise InputError(f"{path} has {len(clusters):,} rows, and there are {len(names):,} images: "
+                         "it is of another folder, or of another --subset")
+    groups = math.ceil((clusters.max() + 1) ** 0.25 - 1e-9)
+    empty = groups ** sdrnet.STAGES - len(np.unique(clusters))
+    if empty:
+        sdrnet.print0(f"{path}: {empty} of {groups}^4 clusters hold no image; their sub-nets will "
+                      "not train")
+    return clusters, groups
+
+
+def compare_listings(path, names):
+    """Raises InputError that names the first line in which a listing differs from `names`."""
+    old = sdrnet.load_names(path)
+    if old == names:
+        return
+    pairs = itertools.zip_longest(old, names, fillvalue="nothing")
+    line, (was, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise InputError(f"{path} has {was} in line {line + 1}, the images given {now}: name the "
+                     "folder that it was made of, another --out, or --fresh")
+
+
+def load_init(model, path):
+    """--init: backbone, and where the file is of ours the heads of W_0, all of them."""
+    message = sdrnet.load_weights(model.net.resnet, path)
+    content = sdrnet.read_torch_file(path)
+    heads = content.get("heads", {})
+    for name in ("projector", "predictor") if heads else ():
+        try:
+            getattr(model, name).load_state_dict(heads[name])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{path}: its {name} does not fit --head and --objective "
+                             f"({sdrnet.first_line(error)})") from None
+    model.enter_subnets()
+    if model.target is not None:
+        model.update_target(tau=0.0)
+    sdrnet.print0(message + (", and W_0's heads" if heads else "; heads start at random"))
+
+
+def run(args):
+    """The command, from the options on."""
+    recipe = None
+    device = sdrnet.setup(args.device, args.seed)
+    if args.data is None:
+        recipe, args.data = "toy", os.path.join(sdrnet.toy_folder(), "images")
+        if "OMP_NUM_THREADS" not in os.environ:        # a second gains little on so small a network
+            torch.set_num_threads(1)
+    names = sdrnet.list_images(args.data, leave_out=args.out)
+    if args.subset:
+        chosen = np.unique(load_indices(args.subset, "--subset"))
+        if chosen[-1] >= len(names):
+            raise InputError(f"--subset {args.subset}: index {chosen[-1]}, and {args.data} holds "
+                             f"{len(names):,} images")
+        names = [names[i] for i in chosen]
+    clusters, groups, kind = None, 1, args.objective
+    if args.clusters:
+        kind = "sdrnet"
+        clusters, groups = load_clusters(args.clusters, names)
+        args.init = args.init or os.path.join(args.out, f"{args.objective}.pt")
+    fill_defaults(args, names, recipe)
+    arguments = {k: v for k, v in vars(args).items() if k not in RUN_ONLY}
+    arguments["images"] = fingerprint("\n".join(names).encode("utf-8", "surrogateescape"))
+    if clusters is not None:
+        arguments["clusters"] = fingerprint(clusters.tobytes())
+    final, last = (os.path.join(args.out, f"{kind}{ending}.pt") for ending in ("", ".last"))
+    if not start_folder(args, names, arguments, final, last):
+        return
+    net = sdrnet.SDRNet(args.arch, args.width, groups, args.shared, args.small_stem)
+    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight, args.shared_heads,
+                args.objective)
+    if args.init not in (None, "none"):
+        load_init(model, args.init)
+    model.to(device)
+    if args.amp == "auto" and sdrnet.has_bf16(device.type):
+        model.to(memory_format=torch.channels_last)    # quicker in bf16, slower in fp32
+    steps = train(model, args, names, clusters, groups, device, last, arguments)
+    origin = {"command": " ".join(sys.argv), "arguments": arguments, "images": len(names),
+              "steps": steps, "torch": str(torch.__version__)}
+    finish(model, kind, args, names, clusters, groups, device, origin, final)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start_folder(args, names, arguments, final, last):
+    """<out> and its images.txt; --fresh removes an earlier run's files. Returns False where the run
+    is finished; raises InputError where its files are of other images or arguments."""
+    listing = os.path.join(args.out, "images.txt")
+    if sdrnet.rank() == 0 and args.fresh:
+        for path in (final, last, last.replace(".last.pt", ".log.jsonl"), listing):
+            if os.path.exists(path):
+                os.remove(path)
+    if sdrnet.world_size() > 1:
+        dist.barrier()
+    if os.path.exists(listing):
+        compare_listings(listing, names)
+    if os.path.exists(final):
+        refuse_changes(sdrnet.load_checkpoint(final)["origin"]["arguments"], arguments, final)
+        sdrnet.print0(f"{final} is finished; --fresh trains it anew")
+        return False
+    if sdrnet.rank() == 0:
+        os.makedirs(args.out, exist_ok=True)
+        sdrnet.save_names(listing, names)
+    return True
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        run(args)
+    except InputError as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

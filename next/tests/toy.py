@@ -1,0 +1,215 @@
+"""toy.py - toy images as ordinary folders: data for the quick start, the tests, the claims.
+
+    python tests/toy.py                          # into runs/toy, 4,096 + 6,400 images, 400 scenes
+    python tests/toy.py --out runs/toy3 --seed 3
+
+    OUT/images/seed0_00012.png                           unlabelled, 32 px: four worlds, mixed
+    OUT/tasks/WORLD/{train,test}/CLASS/seed0_100012.png  400 + 400 of each world, eight classes
+    OUT/VOCdevkit/VOC2007/...                            scenes of 128 px with boxes of four classes
+
+An image is a function of (seed, index). What it shows is its form alone: colours, grounds, places,
+turns, sizes and noise are drawn alike in all worlds. OUT/images appears last, when all is drawn.
+"""
+import argparse
+import os
+import shutil
+
+import numpy as np
+from numpy import abs, cos, floor, hypot, maximum, minimum, pi, sin
+from PIL import Image
+
+# A class is a height over the plane, negative where there is ink. Figures and signs fill [-1, 1]^2,
+# weaves have a period of 2 pi, and of a land the height above its sky line is given for y = 0.
+
+
+def pen(x, y, *lines):
+    """Lines through points, 0.3 wide: the least distance to any, less half of that."""
+    distances = []
+    for line in lines:
+        for (ax, ay), (bx, by) in zip(line, line[1:]):
+            along = ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / hypot(bx - ax, by - ay) ** 2
+            along = np.clip(along, 0, 1)
+            distances.append(hypot(x - ax - along * (bx - ax), y - ay - along * (by - ay)))
+    return np.min(distances, axis=0) - 0.15
+
+
+def zigzag(x):
+    """Straight up and down between -1 and 1, with period 2 pi."""
+    return abs((x / pi) % 2 - 1) * 2 - 1
+
+
+WORLDS = {
+    "figures": {
+        "disc": lambda x, y: hypot(x, y) - 0.85,
+        "ring": lambda x, y: abs(hypot(x, y) - 0.65) - 0.22,
+        "square": lambda x, y: maximum(abs(x), abs(y)) - 0.75,
+        "triangle": lambda x, y: maximum(y - 0.6, abs(x) * 0.87 - y * 0.5 - 0.5),
+        "plus": lambda x, y: maximum(minimum(abs(x), abs(y)) - 0.27, maximum(abs(x), abs(y)) - 0.9),
+        "star": lambda x, y: hypot(x, y) - 0.62 * (1 + 0.45 * cos(5 * np.arctan2(x, -y))),
+        "bar": lambda x, y: maximum(abs(x) - 0.3, abs(y) - 0.95),
+        "moon": lambda x, y: maximum(hypot(x, y) - 0.85, 0.7 - hypot(x - 0.5, y)),
+    },
+    "weaves": {
+        "stripes": lambda x, y: sin(x),
+        "checks": lambda x, y: sin(x) * sin(y) * 2,
+        "waves": lambda x, y: sin(x + 2 * sin(y)),
+        "dots": lambda x, y: 0.5 - cos(x) - cos(y),
+        "bricks": lambda x, y: -0.6 - minimum(cos(y), cos(x / 2 + pi / 2 * (y // (2 * pi) % 2))),
+        "zigzags": lambda x, y: sin(x + 2.5 * zigzag(y)),
+        "grid": lambda x, y: 0.7 - maximum(cos(x), cos(y)),
+        "ripples": lambda x, y: sin(1.3 * hypot(x - 8, y - 8)),
+    },
+    "lands": {
+        "plain": lambda x, y: y - 0.4,
+        "hills": lambda x, y: y + 0.5 * sin(x),
+        "peaks": lambda x, y: y + 0.6 * zigzag(x),
+        "blocks": lambda x, y: y + 0.5 * np.sign(sin(x)),
+        "arches": lambda x, y: y + 0.5 - abs(sin(x)) * 1.1,
+        "saw": lambda x, y: y + (x / pi) % 1.2 - 0.6,
+        "towers": lambda x, y: y + 0.6 * np.sign(cos(2 * x) - 0.6),
+        "stairs": lambda x, y: y + floor(x / pi % 1.3 * 3) * 0.35 - 0.5,
+    },
+    "signs": {
+        "T": lambda x, y: pen(x, y, [(-0.8, -0.8), (0.8, -0.8)], [(0, -0.8), (0, 0.9)]),
+        "L": lambda x, y: pen(x, y, [(-0.5, -0.9), (-0.5, 0.8), (0.7, 0.8)]),
+        "V": lambda x, y: pen(x, y, [(-0.8, -0.8), (0, 0.8), (0.8, -0.8)]),
+        "X": lambda x, y: pen(x, y, [(-0.8, -0.8), (0.8, 0.8)], [(-0.8, 0.8), (0.8, -0.8)]),
+        "N": lambda x, y: pen(x, y, [(-0.7, 0.8), (-0.7, -0.8), (0.7, 0.8), (0.7, -0.8)]),
+        "Z": lambda x, y: pen(x, y, [(-0.7, -0.8), (0.7, -0.8), (-0.7, 0.8), (0.7, 0.8)]),
+        "A": lambda x, y: pen(x, y, [(-0.8, 0.9), (0, -0.9), (0.8, 0.9)], [(-0.4, 0), (0.4, 0)]),
+        "P": lambda x, y: pen(x, y, [(-0.5, 0.9), (-0.5, -0.8), (0.6, -0.5), (-0.5, 0.1)]),
+    },
+}
+
+
+def colours(rng):
+    """Ink and ground, RGB in [0, 1] (2, 3): any hue, one of them darker than the other by 0.35."""
+    while True:
+        pair = rng.random((2, 3))
+        if abs(np.subtract(*(pair @ (0.3, 0.6, 0.1)))) > 0.35:
+            return pair
+
+
+def grid(side, rng, turn):
+    """Coordinates (x, y) in [-1, 1], turned by at most `turn`, a share of a circle."""
+    axis = (np.arange(side) + 0.5) / side * 2 - 1
+    x, y, angle = axis[None], axis[:, None], 2 * pi * turn * rng.uniform(-1, 1)
+    return cos(angle) * x + sin(angle) * y, cos(angle) * y - sin(angle) * x
+
+
+def cover(height, slope):
+    """Signed heights -> the share of each pixel that is ink."""
+    return np.clip(0.5 - height / slope, 0, 1)
+
+
+def draw_image(world, name, rng, side=32):
+    """One image of a class: uint8 (side, side, 3)."""
+    form, ink = WORLDS[world][name], np.zeros((side, side))
+    if world == "weaves":
+        (x, y), period = grid(side, rng, 0.08), rng.uniform(8, 12)
+        ink = cover(form(period * x + rng.uniform(0, 9), period * y + rng.uniform(0, 9)), 0.9)
+    elif world == "lands":
+        x, y = grid(side, rng, 0.02)
+        place, height = rng.uniform(4, 6) * x + rng.uniform(0, 9), 2 * y + rng.uniform(-1, 0.5)
+        ink = cover(-form(place, height), 0.2)
+    else:
+        for corner in np.ndindex(2, 2):                # four of them, so that a crop holds one
+            (x, y), size = grid(side, rng, 0.06), rng.uniform(0.3, 0.45)
+            cx, cy = corner - np.array((0.5, 0.5)) + rng.uniform(-0.12, 0.12, 2)
+            ink = maximum(ink, cover(form((x - cx) / size, (y - cy) / size), 0.25))
+    return paint(ink, rng)
+
+
+def paint(ink, rng):
+    """Coverage (H, W) in two colours, with a shade across and noise: uint8 (H, W, 3)."""
+    front, back = colours(rng)
+    image = back + ink[:, :, None] * (front - back)
+    image = image + grid(len(ink), rng, 1)[0][:, :, None] * rng.uniform(0, 0.15)
+    image = image + rng.normal(0, rng.uniform(0.01, 0.06), image.shape)
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def draw_scene(rng, side=128):
+    """A scene: uint8 (side, side, 3), and its objects [(class, difficult, x0, y0, x1, y1), ...]."""
+    x, y = grid(side, rng, 1)
+    image = paint(0.3 * cover(sin(rng.uniform(5, 20) * x) * sin(rng.uniform(5, 20) * y), 2), rng)
+    objects, taken = [], np.zeros((side, side), bool)
+    for _ in range(rng.integers(1, 5)):
+        name = ("disc", "square", "triangle", "star")[rng.integers(4)]
+        size, (cx, cy) = rng.uniform(0.1, 0.35), rng.uniform(-0.6, 0.6, 2)
+        x, y = grid(side, rng, 0.08)
+        inside = WORLDS["figures"][name]((x - cx) / size, (y - cy) / size) < 0
+        if (inside & taken).any():
+            continue
+        taken |= inside
+        colour = rng.integers(0, 256, 3)
+        image[inside] = 0.9 * colour + 0.1 * image[inside]
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        box = columns[0] + 1, rows[0] + 1, columns[-1] + 1, rows[-1] + 1
+        objects.append((name, int(size < 0.13), *box))
+    return image, objects
+
+
+def write_scenes(root, seed, counts=(("trainval", 300), ("test", 100))):
+    """Scenes in PASCAL VOC's layout."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        os.makedirs(os.path.join(root, folder))
+    index = 0
+    for part, count in counts:
+        names = []
+        while len(names) < count:
+            image, objects = draw_scene(np.random.default_rng([seed, 7, index]))
+            name, index = f"seed{seed}_{index:06d}", index + 1
+            if not objects:
+                continue
+            names.append(name)
+            Image.fromarray(image).save(os.path.join(root, "JPEGImages", f"{name}.jpg"), quality=95)
+            boxes = "".join(
+                f"<object><name>{kind}</name><difficult>{hard}</difficult><bndbox><xmin>{x0}</xmin>"
+                f"<ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>\n"
+                for kind, hard, x0, y0, x1, y1 in objects)
+            size = "<size><width>128</width><height>128</height><depth>3</depth></size>"
+            with open(os.path.join(root, "Annotations", f"{name}.xml"), "w") as file:
+                file.write(f"<annotation><filename>{name}.jpg</filename>{size}\n{boxes}"
+                           "</annotation>\n")
+        with open(os.path.join(root, "ImageSets/Main", f"{part}.txt"), "w") as file:
+            file.writelines(f"{name}\n" for name in names)
+
+
+def write_image(folder, seed, index, world, name):
+    """One image's file."""
+    os.makedirs(folder, exist_ok=True)
+    image = draw_image(world, name, np.random.default_rng([seed, index]))
+    Image.fromarray(image).save(os.path.join(folder, f"seed{seed}_{index:06d}.png"))
+
+
+def draw(out, seed=0, pool=4096, per_part=400):
+    """All folders of the header, below `out`."""
+    kinds = [(world, name) for world in WORLDS for name in WORLDS[world]]
+    for name in ("images.part", "tasks", "VOCdevkit"):
+        shutil.rmtree(os.path.join(out, name), ignore_errors=True)
+    for start, part in ((100_000, "train"), (200_000, "test")):
+        for index in range(4 * per_part):
+            world, name = kinds[index % len(kinds)]
+            folder = os.path.join(out, "tasks", world, part, name)
+            write_image(folder, seed, start + index, world, name)
+    write_scenes(os.path.join(out, "VOCdevkit", "VOC2007"), seed)
+    order = np.random.default_rng([seed, 8]).permutation(pool)         # the worlds are mixed
+    for index in range(pool):
+        world, name = kinds[order[index] % len(kinds)]
+        write_image(os.path.join(out, "images.part"), seed, index, world, name)
+    os.rename(os.path.join(out, "images.part"), os.path.join(out, "images"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="draws toy images", usage=argparse.SUPPRESS)
+    parser.add_argument("--out", default="runs/toy", help="folder to draw into: runs/toy")
+    parser.add_argument("--seed", type=int, default=0, help="of all images: 0")
+    args = parser.parse_args()
+    if os.path.exists(os.path.join(args.out, "images")):
+        parser.error(f"{args.out}/images is there already: remove it, or give another --out")
+    draw(args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
