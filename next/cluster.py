@@ -1,0 +1,273 @@
+"""cluster.py - k balanced clusters of images, in the feature space of a SimSiam network.
+
+    python cluster.py                                        # runs/toy/features.npy, k = 16
+    python cluster.py --out runs/photos --data photos/ --k 256
+    python cluster.py --features features.npy --out runs/mine --k 100     # any float (N, D) array
+
+In the paper's terms (SDR, AAAI 2022): features F = [f_1 ... f_n], k learnable centroids C, scores
+S = F^T C. The clusters' posterior U maximises
+
+    Tr(U^T S) + eps H(U)   over U whose rows each sum to 1/n and whose columns each to 1/k,
+
+so U_ij = exp(u_i + v_j + S_ij / eps), found by Sinkhorn-Knopp. C is learned by SGD on the
+cross-entropy between U and softmax(S / T). The two alternate, an epoch each; at last each image
+goes to the cluster of its highest score S. Here f is centred, and f and c are of unit length.
+
+In:   <out>/features.npy, float (N, D), or --features; for the picture --data and <out>/images.txt
+Out:  <out>/clusters.npy    int64 (N,): the cluster of each image; cluster i trains sub-net i
+      <out>/centroids.npy   float32 (k, D): of centred features of unit length
+      <out>/clusters.json   sizes, objective, protocol, and the mean that centres other features
+      <out>/clusters.png    a row a cluster: the images nearest to its centroid
+
+Measured: MEASURED
+
+Not known from the paper, so chosen here: eps, T, SGD's values, epochs, and the order: clusters are
+numbered as the leaves of a tree, so that those whose index ends in the same base-g digits are alike.
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. The message is the line: what, which file, what to do."""
+
+
+# ------------------------------------------------------------------------------------ method
+
+def sinkhorn(S, eps, v, tolerance=0.01, most=1000, rows=65536):
+    """The balanced posterior of scores S (n, k): U (n, k), whose rows here sum to 1.
+
+    v: float64 (k,), column potentials to start from. Each round solves the rows exactly, and then
+    v_j -= log(k mass_j / n): in the log domain nothing overflows. Ends when each column's mass is
+    within `tolerance`, a share, of n/k. Returns U, v, the largest error and the rounds."""
+    n, k = S.shape
+    for count in range(1, most + 1):
+        mass = torch.zeros(k, dtype=torch.float64, device=S.device)
+        for part in S.split(rows):
+            mass += torch.softmax(part / eps + v.to(S.dtype), dim=1).sum(0, dtype=torch.float64)
+        error = (mass * k / n - 1).abs().max().item()
+        if error <= tolerance or count == most:
+            break
+        v = v - torch.log((mass * k / n).clamp(min=1e-30))
+    U = [torch.softmax(part / eps + v.to(S.dtype), dim=1) for part in S.split(rows)]
+    return torch.cat(U), v, error, count
+
+
+def centre(f, mean):
+    """Rows of features, array (n, D) -> unit length, less the mean (D,), unit length: float32."""
+    return F.normalize(F.normalize(torch.tensor(np.array(f, np.float32))) - mean)
+
+
+def scores(f, mean, C, rows=65536):
+    """S = F^T C: features (N, D), centroids (k, D) -> float32 (N, k)."""
+    return torch.cat([centre(f[a:a + rows], mean) @ C.T for a in range(0, len(f), rows)])
+
+
+def learn_centroids(f, mean, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0):
+    """Centroids C (k, D) of unit length of features f, array (N, D), by alternation; mean (D,).
+
+    An epoch: U by Sinkhorn on all of S, then SGD on the cross-entropy -sum U log softmax(S / T) over
+    shuffled rows, C renormalised each step. Starts from k random rows; prints a line an epoch."""
+    rng = np.random.default_rng(seed)
+    C = centre(f[np.sort(rng.choice(len(f), k, replace=False))], mean).requires_grad_()
+    optimizer = torch.optim.SGD([C], lr=lr, momentum=0.9)
+    v = torch.zeros(k, dtype=torch.float64)
+    for epoch in range(epochs):
+        S = scores(f, mean, C.detach())
+        U, v, error, rounds = sinkhorn(S, eps, v)
+        order, total = rng.permutation(len(f)), 0.0
+        for a in range(0, len(f), batch):
+            rows = np.sort(order[a:a + batch])
+            loss = F.cross_entropy(centre(f[rows], mean) @ C.T / T, U[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                C.copy_(F.normalize(C))
+            total += loss.item() * len(rows) / len(f)
+        print(f"epoch {epoch + 1}: {rounds} Sinkhorn rounds, marginal error {error:.3f}, objective "
+              f"{objective(U, S, eps):.4f}, cross-entropy {total:.4f}", flush=True)
+    return C.detach()
+
+
+def objective(U, S, eps):
+    """Tr(U^T S) + eps H(U), the rows of U (n, k) summing to 1 here and to 1/n there."""
+    n = len(U)
+    return ((U * S).sum() / n - eps * (torch.xlogy(U, U).sum() / n - math.log(n))).item()
+
+
+def order_clusters(C, groups):
+    """The new index of each of g^4 centroids (k, D), int64 (k,): a tree's leaves.
+
+    All are split into g equal parts along their first principal direction, which gives the last
+    digit of their base-g index; each part likewise, which gives the digit before; four times."""
+    index, parts = torch.zeros(len(C), dtype=torch.int64), [torch.arange(len(C))]
+    for power in range(4):
+        halves = []
+        for members in parts:
+            x = C[members] - C[members].mean(0)
+            direction = torch.linalg.svd(x, full_matrices=False).Vh[0]
+            ranked = members[(x @ direction).argsort()]
+            for digit, part in enumerate(ranked.chunk(groups)):
+                index[part] += digit * groups ** power
+                halves.append(part)
+        parts = halves
+    return index
+
+
+# ------------------------------------------------------------------------------------ files
+
+def load_features(path):
+    """features.npy, memory-mapped: (N, D), and the mean of its rows at unit length, float32 (D,).
+
+    Raises InputError where it is not that, a row is not finite, or all rows are alike."""
+    try:
+        f = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is not there or no plain .npy ({error}): run pretrain.py first, "
+                         "or give --features") from None
+    if f.ndim != 2 or f.dtype.kind != "f" or f.size == 0:
+        raise InputError(f"{path} holds {f.dtype} of shape {f.shape}; floats (N, D) are needed")
+    total = torch.zeros(f.shape[1], dtype=torch.float64)
+    for a in range(0, len(f), 65536):
+        part = torch.tensor(np.array(f[a:a + 65536], np.float32))
+        bad = (~torch.isfinite(part)).any(1).nonzero()
+        if len(bad):
+            raise InputError(f"{path}: row {a + bad[0].item()} is not finite; mend or remove it")
+        total += F.normalize(part).sum(0, dtype=torch.float64)
+    mean = (total / len(f)).float()
+    if mean.norm() > 1 - 1e-6:
+        raise InputError(f"{path}: all rows point the same way, so there is nothing to cluster: the "
+                         "network that made them has collapsed")
+    return f, mean
+
+
+def save(path, write):
+    """Has write(file) fill a binary file, then gives it its name: the whole file or none."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            write(file)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def contact_sheet(S, clusters, names, folder, path, rows=24, columns=12, tile=64):
+    """A picture: a row a cluster (at most `rows` of them), the images of the highest score S (N, k)
+    first. names: of the images in `folder`, line i being row i of S."""
+    shown = np.unique(clusters)
+    shown = shown[np.linspace(0, len(shown) - 1, min(rows, len(shown))).astype(int)]
+    sheet = Image.new("RGB", (columns * (tile + 2), len(shown) * (tile + 2)), "white")
+    for y, cluster in enumerate(shown):
+        members = np.flatnonzero(clusters == cluster)
+        nearest = members[np.argsort(-S[members, cluster].numpy(), kind="stable")[:columns]]
+        for x, i in enumerate(nearest):
+            with Image.open(os.path.join(folder, names[i])) as image:
+                picture = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (tile, tile))
+            sheet.paste(picture, (x * (tile + 2), y * (tile + 2)))
+    save(path, functools.partial(sheet.save, format="PNG"))
+
+
+def read_listing(path, count):
+    """images.txt: the name of each of `count` rows. Raises InputError where there are more or less."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        names = file.read().splitlines()
+    if len(names) != count:
+        raise InputError(f"{path} has {len(names):,} lines, and the features have {count:,} rows: "
+                         "they are of different runs")
+    return names
+
+
+# ------------------------------------------------------------------------------------ command
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("--features", help="float (N, D); default: <out>/features.npy")
+    parser.add_argument("--out", default="runs/toy", help="folder of the run's files: runs/toy")
+    parser.add_argument("--data", default="runs/toy/images",
+                        help="folder of the images, for clusters.png: runs/toy/images")
+    parser.add_argument("--k", type=int, default=16, help="clusters: 16; paper: 256 = 4^4")
+    parser.add_argument("--eps", type=float, default=0.05, help="weight of H(U): 0.05")
+    parser.add_argument("--temperature", type=float, default=0.1, help="T: 0.1")
+    parser.add_argument("--epochs", type=int, default=10, help="of SGD: 10")
+    parser.add_argument("--lr", type=float, default=0.1, help="of SGD: 0.1")
+    parser.add_argument("--order", choices=("tree", "random"), default="tree",
+                        help="tree: clusters whose index ends alike are alike; random")
+    parser.add_argument("--seed", type=int, default=0, help="of the start and the shuffling: 0")
+    args = parser.parse_args()
+    for name in ("k", "eps", "temperature", "epochs", "lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name)}: a number above 0 is needed")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: a number from 0 on is needed")
+    return parser, args
+
+
+def run(args):
+    """The command, from the options on."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    path = args.features or os.path.join(args.out, "features.npy")
+    f, mean = load_features(path)
+    if args.k > len(f):
+        raise InputError(f"--k {args.k}: {path} has {len(f):,} rows only")
+    listing, names = os.path.join(args.out, "images.txt"), None
+    if os.path.exists(listing):
+        names = read_listing(listing, len(f))
+    print(f"{path}: {f.shape[0]:,} x {f.shape[1]} into {args.k}", flush=True)
+    C = learn_centroids(f, mean, args.k, args.eps, args.temperature, args.epochs, args.lr,
+                        seed=args.seed)
+    groups = round(args.k ** 0.25)
+    if args.order == "random":
+        C = C[torch.from_numpy(np.random.default_rng(args.seed).permutation(args.k))]
+    elif groups ** 4 == args.k:
+        C = C[order_clusters(C, groups).argsort()]     # so that row i is the centroid of index i
+    else:
+        print(f"{args.k} is not g^4 (1, 16, 81, 256, ...): without an order, and not for sub-nets")
+    S = scores(f, mean, C)
+    clusters = S.argmax(1).numpy()
+    U, _, error, _ = sinkhorn(S, args.eps, torch.zeros(args.k, dtype=torch.float64))
+    sizes = np.bincount(clusters, minlength=args.k)
+    report = {"k": args.k, "images": len(f), "sizes": sizes.tolist(), "eps": args.eps,
+              "temperature": args.temperature, "epochs": args.epochs, "lr": args.lr,
+              "order": args.order, "seed": args.seed, "marginal_error": error,
+              "objective": objective(U, S, args.eps), "command": " ".join(sys.argv),
+              "feature_mean": mean.tolist()}
+    os.makedirs(args.out, exist_ok=True)
+    place = functools.partial(os.path.join, args.out)
+    save(place("centroids.npy"), functools.partial(np.save, arr=C.numpy()))
+    save(place("clusters.npy"), functools.partial(np.save, arr=clusters))
+    save(place("clusters.json"), lambda file: file.write(json.dumps(report).encode()))
+    print(f"sizes {sizes.min()}, median {np.median(sizes):.0f}, {sizes.max()}; marginal error "
+          f"{error:.3f}; objective {report['objective']:.4f}; wrote {place('clusters.npy')}")
+    if (sizes == 0).any():
+        print(f"{(sizes == 0).sum()} clusters hold no image; their sub-nets will not train")
+    if names is None or not os.path.isdir(args.data):
+        print(f"no picture: {listing} and the folder --data {args.data} are not both there")
+        return
+    missing = [name for name in names if not os.path.exists(os.path.join(args.data, name))]
+    if missing:
+        print(f"no picture: {args.data} lacks {missing[0]}, which {listing} names")
+        return
+    contact_sheet(S, clusters, names, args.data, place("clusters.png"))
+
+
+def main():
+    parser, args = parse_args()
+    try:
+        run(args)
+    except InputError as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()
