@@ -22,7 +22,7 @@ Out:  <out>/clusters.npy    int64 (N,): the cluster of each image; cluster i tra
 Measured: MEASURED
 
 Not known from the paper, so chosen here: eps, T, SGD's values, epochs, and the order: clusters are
-numbered as the leaves of a tree, so that those whose index ends in the same base-g digits are alike.
+numbered as the leaves of a tree, so that those whose index ends in equal base-g digits are alike.
 """
 import argparse
 import functools
@@ -75,8 +75,8 @@ def scores(f, mean, C, rows=65536):
 def learn_centroids(f, mean, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0):
     """Centroids C (k, D) of unit length of features f, array (N, D), by alternation; mean (D,).
 
-    An epoch: U by Sinkhorn on all of S, then SGD on the cross-entropy -sum U log softmax(S / T) over
-    shuffled rows, C renormalised each step. Starts from k random rows; prints a line an epoch."""
+    An epoch: U by Sinkhorn on all of S, then SGD on the cross-entropy -sum U log softmax(S / T)
+    over shuffled rows, C renormalised each step. Starts from k random rows, prints each epoch."""
     rng = np.random.default_rng(seed)
     C = centre(f[np.sort(rng.choice(len(f), k, replace=False))], mean).requires_grad_()
     optimizer = torch.optim.SGD([C], lr=lr, momentum=0.9)
@@ -146,8 +146,8 @@ def load_features(path):
         total += F.normalize(part).sum(0, dtype=torch.float64)
     mean = (total / len(f)).float()
     if mean.norm() > 1 - 1e-6:
-        raise InputError(f"{path}: all rows point the same way, so there is nothing to cluster: the "
-                         "network that made them has collapsed")
+        raise InputError(f"{path}: all rows point the same way, so there is nothing to cluster: "
+                         "the network that made them has collapsed")
     return f, mean
 
 
@@ -178,7 +178,7 @@ def contact_sheet(S, clusters, names, folder, path, rows=24, columns=12, tile=64
 
 
 def read_listing(path, count):
-    """images.txt: the name of each of `count` rows. Raises InputError where there are more or less."""
+    """images.txt: the name of each of `count` rows. Raises InputError where the count differs."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         names = file.read().splitlines()
     if len(names) != count:
@@ -190,6 +190,7 @@ def read_listing(path, count):
 # ------------------------------------------------------------------------------------ command
 
 def parse_args():
+    """The parser, for its errors, and the options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--features", help="float (N, D); default: <out>/features.npy")

@@ -683,7 +683,7 @@ def build_parser():
     group.add_argument("--kd-weight", type=number(float, 0), default=1.0,
                        help="lambda: 1; paper: not given")
     group.add_argument("--phases", type=read_phases, default="1,1,1,1,4",
-                       help="shares of the steps of phases 0 to 4: 1,1,1,1,4; no phases: 0,0,0,0,1; "
+                       help="shares of the steps of phases 0 to 4: 1,1,1,1,4; none: 0,0,0,0,1; "
                        "paper: not given")
     group.add_argument("--phases-literal", action="store_true",
                        help="phase p trains complete paths that begin with an anchor's 4-p digits")

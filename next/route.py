@@ -52,8 +52,8 @@ from sdrnet import InputError
 # ------------------------------------------------------------------------------------ tasks
 
 class Task(NamedTuple):
-    """train, test: data sets of uint8 (3, S, S); labels: int64 (N,), or (N, C) of 1, 0, and -1 which
-    does not count; classes: names; metric: top-1, mean-per-class or mAP."""
+    """train, test: data sets of uint8 (3, S, S); labels: int64 (N,), or (N, C) of 1, 0 and -1,
+    which does not count; classes: names; metric: top-1, mean-per-class or mAP."""
     name: str
     train: Dataset
     train_labels: torch.Tensor
@@ -177,8 +177,8 @@ def read_labels(data):
 
 
 def voc_labels(path):
-    """Of a VOC annotation, (20,): 1 where a class is there, 0 where not, -1 where all its objects are
-    marked difficult, so that the image does not count for it."""
+    """Of a VOC annotation, (20,): 1 where a class is there, 0 where not, -1 where all its objects
+    are marked difficult, so that the image does not count for it."""
     labels = np.zeros(len(VOC_CLASSES), np.int64)
     for thing in ElementTree.parse(path).iter("object"):
         c = VOC_CLASSES.index(thing.findtext("name"))
@@ -521,6 +521,7 @@ def plot_gains(results, path):
 # ------------------------------------------------------------------------------------ command
 
 def build_parser():
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      usage=argparse.SUPPRESS)
     group = parser.add_argument_group("files")

@@ -1,0 +1,160 @@
+"""The scripts as a user runs them: the whole pipeline, going on after a kill, several processes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import sdrnet
+import toy
+from conftest import ROOT
+
+SMALL = ["--width", "8", "--no-small-stem", "--head", "32", "--batch-size", "16", "--sub-batch", "8",
+         "--lr", "0.1", "--amp", "off", "--workers", "0"]
+
+
+def script(name, *arguments, processes=1, status=0):
+    """Runs a script by its command line; returns what it printed."""
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                          "--nproc_per_node", str(processes)]
+    done = subprocess.run([sys.executable, *launcher, os.path.join(ROOT, name),
+                           *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def weights(path):
+    """All tensors of a checkpoint, by name."""
+    content = torch.load(path, weights_only=True)
+    heads = {f"{head}.{k}": v for head, part in content["heads"].items() for k, v in part.items()}
+    rows = {f"{bn}.{k}": v for bn, part in content["statistics"].items() for k, v in part.items()}
+    return {**content["backbone"], **heads, **rows}
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same bits."""
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 192 toy images, and tasks."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.draw(str(folder), pool=192, per_part=16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(images, tmp_path_factory):
+    """A finished SimSiam run with its clusters."""
+    out = tmp_path_factory.mktemp("start")
+    script("pretrain.py", "--data", images / "images", "--out", out, *SMALL, "--epochs", 1)
+    script("cluster.py", "--out", out, "--data", images / "images")
+    return out
+
+
+def sdr(images, start, out, *more):
+    """The arguments of an SDR run of 24 steps, of which the first 3 are phase 0."""
+    return ["pretrain.py", "--data", images / "images", "--out", out, *SMALL, "--epochs", 2,
+            "--clusters", start / "clusters.npy", "--init", start / "simsiam.pt", *more]
+
+
+@pytest.mark.slow
+def test_the_pipeline_leaves_what_the_headers_promise(images, start, tmp_path):
+    names = (start / "images.txt").read_text().splitlines()
+    assert names == sorted(os.listdir(images / "images")) and len(names) == 192
+    features, clusters = np.load(start / "features.npy"), np.load(start / "clusters.npy")
+    assert features.shape == (192, 64) and features.dtype == np.float32
+    assert clusters.shape == (192,) and np.bincount(clusters, minlength=16).min() >= 3
+    net = sdrnet.load_network(start / "simsiam.pt")
+    dataset = sdrnet.Images(images / "images", names, torch.clone)
+    again = sdrnet.embed(net, dataset, torch.device("cpu"))
+    assert np.allclose(features, again, atol=1e-4)
+    script("sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy")
+    assert np.allclose(np.load(tmp_path / "f.npy"), features, atol=1e-4)
+    assert (tmp_path / "f.txt").read_text() == (start / "images.txt").read_text()
+
+    printed = script(*sdr(images, start, tmp_path))
+    log = [json.loads(line) for line in open(tmp_path / "sdrnet.log.jsonl")]
+    assert [line["step"] for line in log] == [12, 24] and "phase 4" in printed
+    assert all(-1 <= line["loss"] <= 0 for line in log)
+    assert "is finished" in script(*sdr(images, start, tmp_path))
+    changed = script(*sdr(images, start, tmp_path, "--kd-weight", 2), status=2)
+    assert "kd_weight 1.0 -> 2.0" in changed and "--fresh" in changed
+
+    task = images / "tasks" / "weaves"
+    script("route.py", "--out", tmp_path, "--task", task, "--data", images / "images")
+    result = json.loads((tmp_path / "weaves" / "result.json").read_text())
+    assert result["train_images"] == 16 and len(np.load(tmp_path / "weaves" / "scores.npy")) == 16
+    sdrnet.load_network(tmp_path / "weaves" / "subnet.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, wait", [(signal.SIGTERM, 2), (signal.SIGKILL, 0), (signal.SIGKILL, 1)])
+def test_an_interrupted_run_goes_on_bit_for_bit(images, start, tmp_path, number, wait):
+    """Killed when the first state is there (of phase 1, whose heads had just entered) or later."""
+    arguments = list(map(str, sdr(images, start, tmp_path / "cut", "--phases", "4,4,1,1,1")))
+    whole = list(map(str, sdr(images, start, tmp_path / "whole", "--phases", "4,4,1,1,1")))
+    script(*whole)
+    state = tmp_path / "cut" / "sdrnet.last.pt"
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, arguments[0]), *arguments[1:]],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.3 * wait)
+    process.send_signal(number)
+    process.communicate()
+    step = torch.load(state, weights_only=True)["step"]
+    assert process.returncode in (-number, 128 + number, 0) and step >= 12
+    script(*arguments)
+    assert same(tmp_path / "whole" / "sdrnet.pt", tmp_path / "cut" / "sdrnet.pt")
+
+
+@pytest.mark.slow
+def test_processes_agree_across_the_border_of_phase_0(images, start, tmp_path):
+    logs = {}
+    for world in (1, 2, 4):
+        script(*sdr(images, start, tmp_path / str(world)), processes=world)
+        with open(tmp_path / str(world) / "sdrnet.log.jsonl") as file:
+            logs[world] = [json.loads(line) for line in file]
+    for world in (2, 4):                               # fp32 sums in another order; late they part
+        for a, b in zip(logs[1], logs[world]):
+            assert a["step"] == b["step"] and a["phase"] == b["phase"]
+        assert logs[world][0]["loss"] == pytest.approx(logs[1][0]["loss"], abs=5e-3)
+    first, other = (weights(tmp_path / world / "sdrnet.pt") for world in ("1", "2"))
+    assert first.keys() == other.keys()
+
+
+def test_features_of_processes_are_those_of_one(images, start, tmp_path):
+    script("sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy", processes=2)
+    assert np.allclose(np.load(tmp_path / "f.npy"), np.load(start / "features.npy"), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    ("--objective", "byol"), ("--distill", "l2", "--shared-heads"), ("--phases-literal",),
+    ("--distill", "none", "--phases", "0,0,0,0,1", "--shared", "0.75", "--subnets", "3")])
+def test_other_forms_of_the_method_train(images, start, tmp_path, options):
+    if "byol" in options:
+        script("pretrain.py", "--data", images / "images", "--out", tmp_path, *SMALL, "--epochs", 0.5,
+               "--objective", "byol")
+        options += ("--init", tmp_path / "byol.pt")
+    script(*sdr(images, start, tmp_path, *options))
+    last = json.loads(open(tmp_path / "sdrnet.log.jsonl").read().splitlines()[-1])
+    assert last["phase"] == 4 and last["std"] > 0.1 and ("none" in options) == (last["kd"] == 0)
+
+
+@pytest.mark.slow
+def test_large_images_are_cropped_by_workers(images, tmp_path):
+    """The same views, whether images are in memory or decoded by workers, but for antialiasing."""
+    arguments = ["pretrain.py", "--data", images / "images", *SMALL[:-2], "--epochs", 0.5]
+    script(*arguments, "--out", tmp_path / "a", "--image-size", 32)
+    script(*arguments, "--out", tmp_path / "b", "--image-size", 12)    # more than twice as small
+    script(*arguments, "--out", tmp_path / "c", "--image-size", 12, "--workers", 0)
+    assert same(tmp_path / "b" / "simsiam.pt", tmp_path / "c" / "simsiam.pt")
