@@ -1,8 +1,9 @@
 """What the first version computed, for the second to agree with: how the inputs are made.
 
 The figures lie in fixtures/: extraction.npz, outputs of two networks whose weights are `fill`ed;
-average_precision.json, figures of the table that `detections` makes. Regenerate neither: they
-are what was so before. The same numpy calls give the same inputs on every machine.
+average_precision.json, figures of the table that `detections` makes, VOC's with a match over the
+threshold where the first version took one at it too. Regenerate neither: they are what was so
+before. The same numpy calls give the same inputs on every machine.
 """
 import numpy as np
 

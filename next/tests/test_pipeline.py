@@ -1,4 +1,5 @@
 """The scripts as a user runs them: the whole pipeline, going on after a kill, several processes."""
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import toy
 from conftest import ROOT
 
 SMALL = ["--width", "8", "--no-small-stem", "--head", "32", "--batch-size", "16", "--sub-batch", "8",
-         "--lr", "0.1", "--amp", "off", "--workers", "0"]
+         "--image-size", "16", "--lr", "0.1", "--amp", "off", "--workers", "0"]
 
 
 def script(name, *arguments, processes=1, status=0):
@@ -71,9 +72,10 @@ def test_the_pipeline_leaves_what_the_headers_promise(images, start, tmp_path):
     assert names == sorted(os.listdir(images / "images")) and len(names) == 192
     features, clusters = np.load(start / "features.npy"), np.load(start / "clusters.npy")
     assert features.shape == (192, 64) and features.dtype == np.float32
-    assert clusters.shape == (192,) and np.bincount(clusters, minlength=16).min() >= 3
+    assert clusters.shape == (192,) and len(np.unique(clusters)) >= 14
     net = sdrnet.load_network(start / "simsiam.pt")
-    dataset = sdrnet.Images(images / "images", names, torch.clone)
+    crop = functools.partial(sdrnet.center_crop, size=16)
+    dataset = sdrnet.Images(images / "images", names, crop)
     again = sdrnet.embed(net, dataset, torch.device("cpu"))
     assert np.allclose(features, again, atol=1e-4)
     script("sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy")
@@ -96,7 +98,7 @@ def test_the_pipeline_leaves_what_the_headers_promise(images, start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, wait", [(signal.SIGTERM, 2), (signal.SIGKILL, 0), (signal.SIGKILL, 1)])
+@pytest.mark.parametrize("number, wait", [(signal.SIGTERM, 0), (signal.SIGKILL, 0.3)])
 def test_an_interrupted_run_goes_on_bit_for_bit(images, start, tmp_path, number, wait):
     """Killed when the first state is there (of phase 1, whose heads had just entered) or later."""
     arguments = list(map(str, sdr(images, start, tmp_path / "cut", "--phases", "4,4,1,1,1")))
@@ -107,7 +109,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(images, start, tmp_path, number,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not state.exists() and process.poll() is None:
         time.sleep(0.02)
-    time.sleep(0.3 * wait)
+    time.sleep(wait)
     process.send_signal(number)
     process.communicate()
     step = torch.load(state, weights_only=True)["step"]
@@ -119,14 +121,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(images, start, tmp_path, number,
 @pytest.mark.slow
 def test_processes_agree_across_the_border_of_phase_0(images, start, tmp_path):
     logs = {}
-    for world in (1, 2, 4):
+    for world in (1, 2):
         script(*sdr(images, start, tmp_path / str(world)), processes=world)
         with open(tmp_path / str(world) / "sdrnet.log.jsonl") as file:
             logs[world] = [json.loads(line) for line in file]
-    for world in (2, 4):                               # fp32 sums in another order; late they part
-        for a, b in zip(logs[1], logs[world]):
-            assert a["step"] == b["step"] and a["phase"] == b["phase"]
-        assert logs[world][0]["loss"] == pytest.approx(logs[1][0]["loss"], abs=5e-3)
+    assert [line["phase"] for line in logs[1]] == [line["phase"] for line in logs[2]]
+    for key in ("loss", "sub_loss", "kd"):             # fp32 sums in another order; late they part
+        assert logs[2][0][key] == pytest.approx(logs[1][0][key], abs=5e-3)
     first, other = (weights(tmp_path / world / "sdrnet.pt") for world in ("1", "2"))
     assert first.keys() == other.keys()
 
@@ -138,7 +139,7 @@ def test_features_of_processes_are_those_of_one(images, start, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    ("--objective", "byol"), ("--distill", "l2", "--shared-heads"), ("--phases-literal",),
+    ("--objective", "byol"), ("--distill", "l2", "--shared-heads", "--phases-literal"),
     ("--distill", "none", "--phases", "0,0,0,0,1", "--shared", "0.75", "--subnets", "3")])
 def test_other_forms_of_the_method_train(images, start, tmp_path, options):
     if "byol" in options:
@@ -152,9 +153,9 @@ def test_other_forms_of_the_method_train(images, start, tmp_path, options):
 
 @pytest.mark.slow
 def test_large_images_are_cropped_by_workers(images, tmp_path):
-    """The same views, whether images are in memory or decoded by workers, but for antialiasing."""
-    arguments = ["pretrain.py", "--data", images / "images", *SMALL[:-2], "--epochs", 0.5]
-    script(*arguments, "--out", tmp_path / "a", "--image-size", 32)
-    script(*arguments, "--out", tmp_path / "b", "--image-size", 12)    # more than twice as small
-    script(*arguments, "--out", tmp_path / "c", "--image-size", 12, "--workers", 0)
-    assert same(tmp_path / "b" / "simsiam.pt", tmp_path / "c" / "simsiam.pt")
+    """And whoever reads them, the run is the same."""
+    arguments = ["pretrain.py", "--data", images / "images", *SMALL, "--epochs", 0.25,
+                 "--image-size", 12]                   # images are more than twice as large
+    script(*arguments, "--out", tmp_path / "a", "--workers", 2)
+    script(*arguments, "--out", tmp_path / "b", "--workers", 0)
+    assert same(tmp_path / "a" / "simsiam.pt", tmp_path / "b" / "simsiam.pt")
