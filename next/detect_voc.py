@@ -59,11 +59,9 @@ Out:  <out>/detection/metrics.json         every figure, per class too, and all 
 Measured: MEASURED
 """
 import argparse
-import copy
 import functools
 import glob
 import json
-import math
 import os
 import sys
 import time
@@ -73,11 +71,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torchvision
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -216,3 +214,665 @@ def summary(table, classes):
         result[rule] = {"AP": percent(values), "AP50": percent(values[:, 0]),
                         "AP75": percent(values[:, 5]), "classes": per_class}
     return result
+
+
+# ------------------------------------------------------------------------------------ data
+
+def read_annotation(path):
+    """A VOC annotation: ((width, height) as it says or None, boxes float64 (k, 4), names, difficult
+    bool (k,)). What a tool left out has VOC's default. Raises InputError with the file's name."""
+    try:
+        root = ElementTree.parse(path).getroot()
+        width, height = (float(root.findtext(f"size/{side}") or 0) for side in ("width", "height"))
+        boxes, names, difficult = [], [], []
+        for thing in root.iter("object"):
+            fields = {field.tag.lower(): (field.text or "").strip() for field in thing}
+            corners = [float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            boxes.append(corners)
+            names.append(fields["name"])
+            hard = fields.get("difficult", "0").lower()
+            difficult.append({"true": 1.0, "false": 0.0, "": 0.0}.get(hard) or float(hard or 0) > 0)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file, though ImageSets names it") from None
+    except (ElementTree.ParseError, TypeError, ValueError, KeyError, UnicodeError) as error:
+        raise InputError(f"{path} is no VOC annotation ({sdrnet.first_line(error)})") from None
+    size = (int(width), int(height)) if width and height else None
+    return size, np.array(boxes).reshape(-1, 4), names, np.array(difficult, bool)
+
+
+def find_image(folder, name):
+    """JPEGImages/name with any of the endings that images have, in any case. Raises InputError."""
+    stem = os.path.join(folder, "JPEGImages", name)
+    for path in sorted(glob.glob(glob.escape(stem) + ".*")):
+        if path.lower().endswith(sdrnet.SUFFIXES):
+            return path
+    raise InputError(f"{stem}.jpg (or .png, ...): there is no such image, though ImageSets names it")
+
+
+def clip_boxes(boxes, size, path):
+    """VOC's inclusive pixels from 1 -> continuous [x1, y1, x2, y2] in the image. What leaves it by a
+    pixel at most is clipped. Raises InputError for more, and for boxes of no area."""
+    width, height = size
+    boxes = boxes - (1, 1, 0, 0)
+    inside = boxes.clip(0, (width, height, width, height))
+    for box, kept in zip(boxes, inside):
+        if (box[2:] <= box[:2]).any():
+            raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} has no area")
+        if np.abs(box - kept).max() > 1 or (kept[2:] <= kept[:2]).any():
+            raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} is outside of its image of "
+                             f"{width} x {height}")
+    return inside
+
+
+class VOC(Dataset):
+    """Images with objects. Items (i, short side, mirrored) -> (uint8 (3, H, W) of that short side,
+    its boxes (k, 4)), or the sentence that an image cannot be read.
+
+    folder, names: of ImageSets; classes: names, or None for those found. Attributes: paths, turned
+    (by EXIF), sizes [(width, height)], boxes, labels, difficult. Raises InputError."""
+
+    def __init__(self, entries, classes=None):
+        self.paths, self.turned, self.sizes, self.boxes, self.difficult = [], [], [], [], []
+        words, shown = [], time.time()
+        for count, (folder, name) in enumerate(entries):
+            annotation = os.path.join(folder, "Annotations", f"{name}.xml")
+            said, boxes, names, difficult = read_annotation(annotation)
+            path = find_image(folder, name)
+            turned, size = image_size(path, said)
+            self.paths.append(path)
+            self.turned.append(turned)
+            self.sizes.append(size)
+            self.boxes.append(clip_boxes(boxes, size, annotation))
+            self.difficult.append(difficult)
+            words.append(names)
+            for word in names if classes is not None else ():
+                if word not in classes:
+                    raise InputError(f"{annotation}: class {word!r} is not one of {', '.join(classes)}")
+            if time.time() - shown > 20:
+                shown = time.time()
+                sdrnet.print0(f"annotations: {count + 1:,} of {len(entries):,}")
+        self.classes = list(classes or sorted({word for names in words for word in names}))
+        self.labels = [np.array([self.classes.index(word) for word in names], int) for names in words]
+        if not any(len(boxes) for boxes in self.boxes):
+            raise InputError(f"{entries[0][0]}: no image of the split has an object")
+        turned = sum(self.turned)
+        if turned:
+            sdrnet.print0(f"{turned} of {len(self.paths):,} images are turned as their EXIF says")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def pixels(self, i):
+        """Image i as its annotation sees it, a PIL image in RGB. Raises what PIL raises."""
+        with Image.open(self.paths[i]) as image:
+            image = ImageOps.exif_transpose(image) if self.turned[i] else image
+            return image.convert("RGB")
+
+    def __getitem__(self, item):
+        i, side, mirrored = item
+        try:
+            image = self.pixels(i)
+        except Exception as error:                     # PIL raises nearly anything on a bad file
+            return f"{self.paths[i]} cannot be read as an image ({sdrnet.first_line(error)})"
+        scale = min(side / min(image.size), LONGEST / 800 * side / max(image.size))
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        image = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+        boxes = self.boxes[i] * np.tile(np.divide((width, height), self.sizes[i]), 2)
+        if mirrored:
+            image = image[:, ::-1].copy()
+            boxes = np.column_stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]])
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(boxes).float()
+
+    def truth(self, indices):
+        """What `evaluate` takes, of these images; image j being indices[j]."""
+        counts = [len(self.boxes[i]) for i in indices]
+        return {"image": np.repeat(np.arange(len(indices)), counts),
+                "box": np.concatenate([self.boxes[i] for i in indices]),
+                "label": np.concatenate([self.labels[i] for i in indices]),
+                "difficult": np.concatenate([self.difficult[i] for i in indices])}
+
+
+def image_size(path, said):
+    """(whether EXIF turns it, (width, height) then). It is turned, as annotation tools show it, but
+    where its annotation's size fits the raster as it lies only. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            raw, turned = image.size, ImageOps.exif_transpose(image)
+            orientation = image.getexif().get(0x0112, 1)
+    except Exception as error:                         # PIL raises nearly anything on a bad file
+        raise InputError(f"{path} cannot be read as an image ({sdrnet.first_line(error)})") from None
+    if orientation == 1 or said == raw != turned.size:
+        size, turns = raw, False
+    else:
+        size, turns = turned.size, True
+    if said not in (None, size):
+        raise InputError(f"{path} has {size[0]} x {size[1]} pixels, and its annotation says "
+                         f"{said[0]} x {said[1]}")
+    return turns, size
+
+
+def read_split(voc, sets):
+    """[(folder of a year, image's name), ...] of "2007:trainval,2012:trainval", or of "train" where
+    `voc` itself holds ImageSets/Main. Raises InputError."""
+    entries = []
+    for part in sets.split(","):
+        year, _, split = part.strip().rpartition(":")
+        folder = os.path.join(voc, f"VOC{year}") if year else voc
+        path = os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
+        if not os.path.isfile(path):
+            raise InputError(f"no {path}: name VOCdevkit with --voc, and the split as 2007:test; or a "
+                             "folder with ImageSets/Main, and the split as test")
+        lines = [line.split()[0] for line in sdrnet.load_names(path) if line.split()]
+        names = [os.path.basename(line.replace("\\", "/")) for line in lines]
+        known = (name if not name.lower().endswith(sdrnet.SUFFIXES) else os.path.splitext(name)[0]
+                 for name in names)
+        entries += [(folder, name) for name in known]
+        if not names:
+            raise InputError(f"{path} names no image")
+    return entries
+
+
+# ------------------------------------------------------------------------------------ detector
+
+class C4Backbone(nn.Module):
+    """Stem and stages 1 to 3 of a ResNet: images (B, 3, H, W) -> {"0": (B, C_3, H / 16, W / 16)}."""
+
+    def __init__(self, net, amp):
+        super().__init__()
+        self.net, self.amp = net, amp
+        self.out_channels = net.layer4[0].conv1.in_channels
+
+    def forward(self, x):
+        with sdrnet.autocast(x.device, self.amp):
+            x = self.net.maxpool(self.net.relu(self.net.bn1(self.net.conv1(x))))
+            x = self.net.layer3(self.net.layer2(self.net.layer1(x)))
+        return {"0": x.float()}
+
+
+class C4Head(nn.Module):
+    """Stage 4 and one more BatchNorm on regions (R, C_3, 14, 14) -> (R, C_4)."""
+
+    def __init__(self, layer4, features, amp):
+        super().__init__()
+        self.layer4, self.norm, self.amp = layer4, sdrnet.BatchNorm(features), amp
+
+    def forward(self, x):
+        with sdrnet.autocast(x.device, self.amp):
+            return self.norm(self.layer4(x)).float().mean((2, 3))
+
+
+class AsTheyCome(GeneralizedRCNNTransform):
+    """torchvision's normalising and padding of images that `VOC` has scaled already."""
+
+    def resize(self, image, target=None):
+        return image, target
+
+
+class Sampler(BalancedPositiveNegativeSampler):
+    """torchvision's choice of the regions that the losses count, by generators that are a function of
+    (seed, step, position in the global batch): key, and first, the position of the first image."""
+    key, first = (0, 0), 0
+
+    def __call__(self, matched):
+        chosen = []
+        for i, labels in enumerate(matched):
+            state = np.random.SeedSequence([*self.key, self.first + i]).generate_state(1)
+            torch.manual_seed(int(state[0]))
+            chosen.append(super().__call__([labels]))
+        return [p[0] for p, _ in chosen], [n[0] for _, n in chosen]
+
+
+def build_detector(net, classes, side=800, regions=512, amp="auto"):
+    """Faster R-CNN C4 around a torchvision ResNet: torchvision's FasterRCNN.
+
+    net: its BatchNorms are sdrnet.BatchNorm; classes: how many; side: short side of test images, to
+    which the published anchors, of 32 to 512 pixels at 800, are scaled; regions: an image in
+    training. In train mode (images, targets) -> dict of losses, in eval mode images -> detections."""
+    stride = 4 if isinstance(net.maxpool, nn.Identity) else 16         # of stage 3's map
+    few = side <= 256                                  # a small image holds fewer proposals
+    head = C4Head(net.layer4, net.features, amp)
+    trunk = C4Backbone(net, amp)
+    net.layer4 = nn.Identity()
+    lengths = tuple(length * side / 800 for length in (32, 64, 128, 256, 512))
+    model = FasterRCNN(
+        trunk, rpn_anchor_generator=AnchorGenerator((lengths,), ((0.5, 1.0, 2.0),)), box_head=head,
+        box_predictor=FastRCNNPredictor(net.features, classes + 1),
+        rpn_pre_nms_top_n_train=1000 if few else 12000, rpn_post_nms_top_n_train=300 if few else 2000,
+        rpn_pre_nms_top_n_test=500 if few else 6000, rpn_post_nms_top_n_test=150 if few else 1000,
+        box_batch_size_per_image=regions, box_nms_thresh=0.5, box_detections_per_img=100)
+    model.roi_heads.box_roi_pool = RegionPool(7 if few else 14, 1 / stride, 0, aligned=True)
+    transform = model.transform
+    model.transform = AsTheyCome(1, 1, transform.image_mean, transform.image_std)
+    for part in (model.rpn, model.roi_heads):
+        old = part.fg_bg_sampler
+        part.fg_bg_sampler = Sampler(old.batch_size_per_image, old.positive_fraction)
+    return model
+
+
+def copy_backbone(source, path=None, random=False):
+    """A ResNet of torchvision's, its BatchNorms over all processes, and a line that says what was
+    loaded. source: a checkpoint of ours, with a path "0,2,1,3" for one of its sub-nets, or a file of
+    another code base, a ResNet-18/34/50; random: its shape alone. Raises InputError."""
+    content = sdrnet.read_torch_file(source)
+    if isinstance(content, dict) and "kind" in content:
+        net = sdrnet.load_network(source)
+        if path is not None:
+            net = net.extract(sdrnet.read_path(path, net))
+        elif isinstance(net, sdrnet.SDRNet):
+            net = net.extract()
+        config, weights = net.config, net.state_dict()
+        message = f"{source}{'' if path is None else f' path {path}'}: loaded {len(weights)} tensors"
+    else:
+        config, weights = guess_shape(content, source), None
+        message = ""
+    copy = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
+    copy.config = config
+    if random:
+        return copy, f"{source}: its shape alone, RANDOM weights"
+    if weights is None:
+        message = sdrnet.load_weights(copy, source)
+    else:
+        copy.load_state_dict(weights)
+    return copy, message
+
+
+def guess_shape(content, source):
+    """What sdrnet.resnet takes, for a state dict of another code base: torchvision's widths."""
+    text = " ".join(map(str, content.get("state_dict", content.get("model", content))))
+    arch = "resnet18"
+    if "layer1.0.conv3" in text:
+        arch = "resnet50"
+    elif "layer3.5." in text:
+        arch = "resnet34"
+    return dict(arch=arch, widths=[64, 128, 256, 512], stem=64)
+
+
+class RegionPool(RoIAlign):
+    """RoIAlign on the one map of a C4 backbone: regions -> (R, C_3, size, size)."""
+
+    def forward(self, features, proposals, shapes):
+        return super().forward(features["0"], proposals)
+
+
+# ------------------------------------------------------------------------------------ training
+
+def training_items(step, seed, usable, batch, sides):
+    """[(image, short side, mirrored), ...] of a step's whole batch: the next images of an endless row
+    of epochs, each a permutation; a function of (seed, step, position)."""
+    items = []
+    for place in range(step * batch, (step + 1) * batch):
+        epoch, at = divmod(place, len(usable))
+        order = np.random.default_rng([seed, 1, epoch]).permutation(len(usable))
+        rng = np.random.default_rng([seed, 2, place])
+        items.append((int(usable[order[at]]), int(rng.choice(sides)), bool(rng.random() < 0.5)))
+    return items
+
+
+def training_batches(data, indices, args, first, last, device):
+    """Yields (step, images, targets) of this process, as torchvision's detectors take them. Images
+    without objects are not trained on; objects marked difficult are, as in the published code."""
+    usable = [i for i in indices if len(data.boxes[i])]
+    share = args.batch_size // sdrnet.world_size()
+    mine = slice(share * sdrnet.rank(), share * (sdrnet.rank() + 1))
+    items = [training_items(step, args.seed, usable, args.batch_size, args.sides)[mine]
+             for step in range(first, last)]
+    loaded = sdrnet.load_batches(data, items, args.workers)
+    for step, batch, samples in zip(range(first, last), items, loaded):
+        images = [image.to(device).float() / 255 for image, _ in samples]
+        targets = [{"boxes": boxes.to(device), "labels": torch.tensor(data.labels[i] + 1, device=device)}
+                   for (i, _, _), (_, boxes) in zip(batch, samples)]
+        yield step, images, targets
+
+
+def losses_of(model, images, targets, seed, step):
+    """The four losses, {name: scalar}, of a detector or of DDP around one, in train mode."""
+    inner = getattr(model, "module", model)
+    for part in (inner.rpn, inner.roi_heads):
+        part.fg_bg_sampler.key = (seed, step)
+        part.fg_bg_sampler.first = sdrnet.rank() * len(images)
+    return model(images, targets)
+
+
+def learning_rate(step, base, iterations, warmup):
+    """Linear warm-up; a tenth after 3/4, a hundredth after 11/12 of the iterations."""
+    drops = (step >= iterations * 3 / 4) + (step >= iterations * 11 / 12)
+    return base * 0.1 ** int(drops) * min(1.0, (step + 1) / max(1, warmup))
+
+
+def make_optimizer(model, weight_decay=1e-4):
+    """SGD with momentum 0.9, weight decay on all but BatchNorm."""
+    norms = {id(p) for bn in sdrnet.batch_norms(model) for p in bn.parameters()}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in norms]},
+              {"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay)
+
+
+def train(model, data, indices, args, iterations, device, path=None, arguments=None):
+    """Trains on the images `indices` of `data`. path: the state to go on from, and to leave, every ten
+    minutes and at a signal; None: none."""
+    optimizer, first = make_optimizer(model), 0
+    if path and os.path.exists(path):
+        state = sdrnet.load_checkpoint(path, "training")
+        refuse_changes(state["config"], arguments, path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        sdrnet.print0(f"going on from {path}, iteration {first:,}")
+    ddp = DistributedDataParallel(model) if sdrnet.world_size() > 1 else model
+    model.train()
+    began = shown = saved = time.time()
+    for step, images, targets in training_batches(data, indices, args, first, iterations, device):
+        for group in optimizer.param_groups:
+            group["lr"] = rate = learning_rate(step, args.lr, iterations, args.warmup)
+        losses = losses_of(ddp, images, targets, args.seed, step)
+        loss = sum(losses.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        done, now = step + 1, time.time()
+        if sdrnet.on_any(not torch.isfinite(loss))[0]:
+            raise InputError(f"iteration {step:,}: the loss is not finite ({float(loss)}): take a lower "
+                             "--lr, or --amp off")
+        optimizer.step()
+        if done == iterations or now - shown > 20:
+            shown = now
+            speed = (done - first) / (now - began)
+            parts = "  ".join(f"{name} {float(value.detach()):.3f}" for name, value in losses.items())
+            sdrnet.print0(f"iteration {done:,} of {iterations:,}  {parts}  lr {rate:.4f}  "
+                          f"{speed * args.batch_size:.1f} img/s  "
+                          f"minutes left {(iterations - done) / speed / 60:.1f}")
+        stop, late = sdrnet.on_any(bool(sdrnet.CAUGHT), now - saved > 600)
+        if path and (stop or late or done == iterations):
+            saved = now
+            if sdrnet.rank() == 0:
+                sdrnet.save_checkpoint(path, {"kind": "training", "config": arguments, "step": done,
+                                              "model": model.state_dict(),
+                                              "optimizer": optimizer.state_dict()})
+        if stop:
+            sdrnet.print0(f"stopped at iteration {done:,}; the same command goes on")
+            sys.exit(128 + max(sdrnet.CAUGHT, default=15))
+
+
+def refuse_changes(old, new, path):
+    """Raises InputError that names what differs between two dicts of arguments."""
+    changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    if changed:
+        raise InputError(f"{path} was made with other arguments ({'; '.join(changed)}): give those "
+                         "again, another --out, or --fresh")
+
+
+@torch.no_grad()
+def recalibrate_bn(model, data, indices, args, device):
+    """BatchNorm's statistics for inference, averages over training batches: "precise BN"."""
+    model.train()
+    batches = training_batches(data, indices, args, 0, args.precise_bn, device)
+    sdrnet.average_statistics(model, (losses_of(model, images, targets, args.seed, step)
+                                      for step, images, targets in batches))
+    model.eval()
+
+
+@torch.no_grad()
+def detect(model, data, indices, args, device):
+    """What `evaluate` takes: all detections on the images, image j being indices[j], in the pixels of
+    the files. Each image is seen by itself; every process gets all detections."""
+    model.eval()
+    mine = list(range(sdrnet.rank(), len(indices), sdrnet.world_size()))
+    items = [[(indices[j], args.test_side, False)] for j in mine]
+    rows, shown = [], time.time()
+    for j, ((image, _),) in zip(mine, sdrnet.load_batches(data, items, args.workers)):
+        found = {k: v.double().cpu().numpy() for k, v in model([image.to(device).float() / 255])[0].items()}
+        scale = np.tile(np.divide(data.sizes[indices[j]], image.shape[:0:-1]), 2)
+        n = len(found["scores"])
+        rows.append(np.column_stack([np.full(n, j), found["labels"] - 1, found["scores"],
+                                     found["boxes"].reshape(n, 4) * scale]))
+        if time.time() - shown > 20:
+            shown = time.time()
+            sdrnet.print0(f"detecting: image {j + 1:,} of {len(indices):,}")
+    if sdrnet.world_size() > 1:
+        parts = [None] * sdrnet.world_size()
+        dist.all_gather_object(parts, rows)
+        rows = [row for part in parts for row in part]
+    table = np.concatenate([np.zeros((0, 7)), *rows])
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    return {"image": table[:, 0].astype(int), "label": table[:, 1].astype(int),
+            "score": table[:, 2], "box": table[:, 3:]}
+
+
+def early_stopping(candidates, data, args, device, path):
+    """The paper's choice for detection: each candidate (name, source, path) trains for
+    args.early_stop iterations on four fifths of the training images, the rest judges.
+
+    Prints one table and writes it; what it holds already is not done again. Returns the best."""
+    order = np.random.default_rng([args.seed, 3]).permutation(len(data))
+    count = max(1, round(HELD_OUT * len(data)))
+    held, rest = order[:count].tolist(), order[count:].tolist()
+    table = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            table = json.load(file)
+    for name, source, digits in candidates:
+        if name in table:
+            continue
+        sdrnet.print0(f"early stopping: {name}")
+        model = make_detector(source, digits, data, args, device)
+        train(model, data, rest, args, args.early_stop, device)
+        recalibrate_bn(model, data, rest, args, device)
+        found = detect(model, data, held, args, device)
+        result = summary(evaluate(data.truth(held), found, len(data.classes)), data.classes)["coco"]
+        table[name] = {"AP": result["AP"], "AP50": result["AP50"]}
+        if sdrnet.rank() == 0:
+            text = json.dumps(table, indent=1)
+            sdrnet.save_file(path, lambda file: file.write(text.encode()))
+    ranked = sorted(candidates, key=lambda candidate: -table[candidate[0]]["AP"])
+    sdrnet.print0(f"after {args.early_stop} iterations, on {len(held)} held-out training images:")
+    for name, _, _ in ranked:
+        sdrnet.print0(f"  {name:<32} AP {table[name]['AP']:5.1f}  AP50 {table[name]['AP50']:5.1f}")
+    return ranked[0]
+
+
+def make_detector(source, digits, data, args, device):
+    """A detector from a backbone; what is new in it is a function of the seed alone."""
+    torch.manual_seed(args.seed)
+    net, message = copy_backbone(source, digits, args.random)
+    sdrnet.print0(message)
+    torch.manual_seed(args.seed)
+    model = build_detector(net, len(data.classes), args.test_side, args.regions, args.amp)
+    return model.to(device)
+
+
+# ------------------------------------------------------------------------------------ what is shown
+
+def draw_detections(data, found, path, count=8, least=0.5, side=320):
+    """Test images, evenly spaced: the truth left, detections of at least that score right."""
+    colours = [f"hsl({360 * c // len(data.classes)}, 90%, 45%)" for c in range(len(data.classes))]
+    shown = np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int)
+    sheet = Image.new("RGB", (4 * (side + 6), -(-len(shown) // 2) * (side + 6)), "white")
+    for n, i in enumerate(shown):
+        image = data.pixels(i)
+        scale = side / max(image.size)
+        image = image.resize([max(1, round(length * scale)) for length in image.size])
+        names = [f"{data.classes[k]}{' (difficult)' * int(hard)}"
+                 for k, hard in zip(data.labels[i], data.difficult[i])]
+        here = np.flatnonzero((found["image"] == i) & (found["score"] >= least))
+        scored = [f"{data.classes[found['label'][d]]} {found['score'][d]:.2f}" for d in here]
+        for column, boxes, labels, texts in ((0, data.boxes[i], data.labels[i], names),
+                                             (1, found["box"][here], found["label"][here], scored)):
+            picture = image.copy()
+            draw = ImageDraw.Draw(picture)
+            for box, label, text in zip(boxes * scale, labels, texts):
+                draw.rectangle(box.tolist(), outline=colours[label], width=2)
+                place = (box[0] + 2, max(0, box[1] - 13))
+                draw.text(place, text, fill="white", font=ImageFont.load_default(size=12),
+                          stroke_width=2, stroke_fill=colours[label])
+            sheet.paste(picture, ((2 * (n % 2) + column) * (side + 6), n // 2 * (side + 6)))
+    sdrnet.save_file(path, functools.partial(sheet.save, format="PNG"))
+
+
+def report(result):
+    """The table of all rules."""
+    sdrnet.print0(f"{'rule':>14}     AP   AP50   AP75   (%, on test images)")
+    for rule, row in result.items():
+        sdrnet.print0(f"{rule:>14}  {row['AP']:5.1f}  {row['AP50']:5.1f}  {row['AP75']:5.1f}")
+
+
+# ------------------------------------------------------------------------------------ command
+
+RECIPES = {                                            # where no option says otherwise
+    "voc": dict(batch_size=16, iterations=24000, lr=0.02, warmup=100, test_side=800, regions=512,
+                sides=list(range(480, 801, 32)), precise_bn=200, early_stop=1000),
+    "quick": dict(batch_size=8, iterations=300, lr=0.04, warmup=30, test_side=256, regions=64,
+                  sides=[256], precise_bn=20, early_stop=60),
+}
+RUN_ONLY = ("out", "device", "workers", "fresh")       # may change in a run
+
+
+def build_parser():
+    """The options. Where no default is given, RECIPES hold it."""
+    number = sdrnet.number
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
+    group = parser.add_argument_group("images")
+    group.add_argument("--voc", help="VOCdevkit, or a folder with ImageSets/Main; default: toy scenes")
+    group.add_argument("--train", default="2007:trainval,2012:trainval",
+                       help="splits to train on: 2007:trainval,2012:trainval")
+    group.add_argument("--test", default="2007:test", help="splits to test on: 2007:test")
+    group.add_argument("--classes", help="names, with commas between; default: those found in training")
+    group.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
+                       help="processes that read images; 0: this one does")
+    group = parser.add_argument_group("backbone")
+    group.add_argument("--out", default="runs/toy", help="folder of the run's files: runs/toy")
+    group.add_argument("--backbone", help="checkpoint; default: the best sub-net of <out>/sdrnet.pt")
+    group.add_argument("--path", help="of its sub-net, as in 0,2,1,3")
+    group.add_argument("--random", action="store_true", help="its shape alone: the control")
+    group.add_argument("--scores", help="a scores.npy: early stopping chooses among its --best")
+    group.add_argument("--best", type=number(int, 2), default=4, help="sub-nets of --scores: 4")
+    group.add_argument("--early-stop", type=number(int, 1), help="iterations: 1000; toy: 60")
+    group = parser.add_argument_group("protocol")
+    group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 300 "
+                       "iterations of 8 images at 128 px, default for toy scenes")
+    group.add_argument("--batch-size", type=number(int, 1), help="16; lr and iterations follow it")
+    group.add_argument("--iterations", type=number(int, 1), help="24,000 x 16 / batch size")
+    group.add_argument("--lr", type=number(float, 1e-12), help="0.02 x batch size / 16")
+    group.add_argument("--test-side", type=number(int, 32), help="short side in testing: 800; in "
+                       "training from 0.6 of it to it")
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of everything drawn: 0")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                       help="auto: cuda where there is one")
+    group.add_argument("--amp", choices=("auto", "off"), default="auto",
+                       help="auto: bf16 where the hardware has it")
+    group.add_argument("--fresh", action="store_true", help="start anew, over an earlier run")
+    return parser
+
+
+def fill_defaults(args):
+    """The recipe's values for options not given, by the linear rule for another batch size."""
+    recipe = dict(RECIPES[args.recipe or ("voc" if args.voc else "quick")])
+    if args.test_side:                                 # sides keep their proportion
+        recipe["sides"] = [max(32, round(side * args.test_side / recipe["test_side"]))
+                           for side in recipe["sides"]]
+    factor = (args.batch_size or recipe["batch_size"]) / recipe["batch_size"]
+    recipe.update(lr=recipe["lr"] * factor, iterations=max(1, round(recipe["iterations"] / factor)),
+                  warmup=max(1, round(recipe["warmup"] / factor)))
+    for key, value in recipe.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    if args.batch_size % sdrnet.world_size():
+        raise InputError(f"--batch-size {args.batch_size} does not divide among "
+                         f"{sdrnet.world_size()} processes")
+
+
+def list_candidates(args):
+    """[(name, source, digits), ...]: the backbones to start from, one without --scores."""
+    if args.scores:
+        scores = np.load(args.scores) if os.path.isfile(args.scores) else None
+        source = args.backbone or os.path.join(args.out, "sdrnet.pt")
+        groups = sdrnet.load_checkpoint(source, "sdrnet")["config"]["groups"]
+        if scores is None or scores.shape != (groups ** 4,):
+            raise InputError(f"--scores {args.scores}: no scores.npy of the {groups ** 4} sub-nets "
+                             f"of {source}")
+        best = np.argsort(-scores, kind="stable")[:args.best]
+        paths = [",".join(map(str, sdrnet.index_to_path(int(index), groups))) for index in best]
+        return [(f"sub-net {index}, path {path}", source, path) for index, path in zip(best, paths)]
+    if args.backbone:
+        return [(args.backbone, args.backbone, args.path)]
+    files = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy")))
+    if not files:
+        raise InputError(f"no task was routed in {args.out}: run route.py, or name a --backbone")
+    mean = np.mean([np.load(file) for file in files], axis=0)
+    source = os.path.join(args.out, "sdrnet.pt")
+    groups = sdrnet.load_checkpoint(source, "sdrnet")["config"]["groups"]
+    path = sdrnet.index_to_path(int(mean.argmax()), groups)
+    sdrnet.print0(f"sub-net {mean.argmax()}, path {path}, has the best mean score, {mean.max():.1f} %, "
+                  f"over {len(files)} tasks routed in {args.out}")
+    return [(f"sub-net {mean.argmax()}", source, ",".join(map(str, path)))]
+
+
+def run(args):
+    """The command, from the options on."""
+    device = sdrnet.setup(args.device, args.seed)
+    if args.voc is None:
+        args.recipe = args.recipe or "quick"
+        args.voc = os.path.join(sdrnet.toy_folder(), "VOCdevkit")
+        args.train = "2007:trainval"
+    fill_defaults(args)
+    candidates = list_candidates(args)
+    classes = [name.strip() for name in args.classes.split(",")] if args.classes else None
+    data = VOC(read_split(args.voc, args.train), classes)
+    tests = VOC(read_split(args.voc, args.test), data.classes)
+    both = len(set(data.paths) & set(tests.paths))
+    if both:
+        sdrnet.print0(f"warning: {both} of {len(tests)} test images are training images too")
+    sdrnet.print0(f"{len(data):,} training and {len(tests):,} test images, {len(data.classes)} classes; "
+                  + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items())))
+    folder = os.path.join(args.out, "detection")
+    place = functools.partial(os.path.join, folder)
+    arguments = {key: value for key, value in vars(args).items() if key not in RUN_ONLY}
+    if sdrnet.rank() == 0:
+        os.makedirs(folder, exist_ok=True)
+        for name in ("metrics.json", "early_stopping.json", "last.pt") if args.fresh else ():
+            if os.path.exists(place(name)):
+                os.remove(place(name))
+    if sdrnet.world_size() > 1:
+        dist.barrier()
+    if os.path.exists(place("metrics.json")):
+        with open(place("metrics.json")) as file:
+            refuse_changes(json.load(file)["arguments"], arguments, place("metrics.json"))
+        sdrnet.print0(f"{place('metrics.json')} is finished; --fresh trains anew")
+        return
+    name, source, digits = candidates[0]
+    if len(candidates) > 1:
+        name, source, digits = early_stopping(candidates, data, args, device,
+                                              place("early_stopping.json"))
+    everything = list(range(len(data)))
+    model = make_detector(source, digits, data, args, device)
+    train(model, data, everything, args, args.iterations, device, place("last.pt"), arguments)
+    recalibrate_bn(model, data, everything, args, device)
+    found = detect(model, tests, list(range(len(tests))), args, device)
+    truth = tests.truth(range(len(tests)))
+    result = summary(evaluate(truth, found, len(data.classes)), data.classes)
+    report(result)
+    if sdrnet.rank() == 0:
+        draw_detections(tests, found, place("detections.png"))
+        sdrnet.save_checkpoint(place("detector.pt"), {
+            "kind": "detector", "config": {"classes": data.classes, "test_side": args.test_side,
+                                           "regions": args.regions},
+            "backbone": model.backbone.net.config, "model": model.state_dict()})
+        content = {"backbone": name, "path": digits, "arguments": arguments, "result": result,
+                   "command": " ".join(sys.argv), "torch": str(torch.__version__)}
+        text = json.dumps(content, indent=1)
+        sdrnet.save_file(place("metrics.json"), lambda file: file.write(text.encode()))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        run(args)
+    except InputError as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

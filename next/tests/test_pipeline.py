@@ -1,5 +1,7 @@
 """The scripts as a user runs them: the whole pipeline, going on after a kill, several processes."""
 import functools
+import importlib
+import io
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import pretrain
 import sdrnet
 import toy
 from conftest import ROOT
@@ -19,14 +22,38 @@ SMALL = ["--width", "8", "--no-small-stem", "--head", "32", "--batch-size", "16"
          "--image-size", "16", "--lr", "0.1", "--amp", "off", "--workers", "0"]
 
 
-def script(name, *arguments, processes=1, status=0):
-    """Runs a script by its command line; returns what it printed."""
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
-                                          "--nproc_per_node", str(processes)]
-    done = subprocess.run([sys.executable, *launcher, os.path.join(ROOT, name),
-                           *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
+@pytest.fixture(autouse=True, scope="module")
+def few_images_for_statistics():
+    """64 images a prefix do here; scripts that tests start by themselves keep their 512."""
+    kept = pretrain.calibration_batches.__defaults__
+    pretrain.calibration_batches.__defaults__ = (64, 32)
+    yield
+    pretrain.calibration_batches.__defaults__ = kept
+
+
+def script(name, *arguments, status=0):
+    """Runs a script's main() with these arguments, in this process; returns what it printed."""
+    printed = io.StringIO()
+    printed.reconfigure = lambda **options: None       # as sys.stdout has it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        patch.setattr(sys, "stdout", printed)
+        patch.setattr(sys, "stderr", printed)
+        try:
+            importlib.import_module(name.removesuffix(".py")).main()
+            ended = 0
+        except SystemExit as end:
+            ended = end.code
+    assert ended == status, printed.getvalue()[-2000:]
+    return printed.getvalue()
+
+
+def processes(world, name, *arguments):
+    """Runs a script by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               str(world), os.path.join(ROOT, name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def weights(path):
@@ -85,7 +112,7 @@ def test_the_pipeline_leaves_what_the_headers_promise(images, start, tmp_path):
     printed = script(*sdr(images, start, tmp_path))
     log = [json.loads(line) for line in open(tmp_path / "sdrnet.log.jsonl")]
     assert [line["step"] for line in log] == [12, 24] and "phase 4" in printed
-    assert all(-1 <= line["loss"] <= 0 for line in log)
+    assert all(-1 <= line["loss"] <= 1 for line in log)
     assert "is finished" in script(*sdr(images, start, tmp_path))
     changed = script(*sdr(images, start, tmp_path, "--kd-weight", 2), status=2)
     assert "kd_weight 1.0 -> 2.0" in changed and "--fresh" in changed
@@ -100,10 +127,9 @@ def test_the_pipeline_leaves_what_the_headers_promise(images, start, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, wait", [(signal.SIGTERM, 0), (signal.SIGKILL, 0.3)])
 def test_an_interrupted_run_goes_on_bit_for_bit(images, start, tmp_path, number, wait):
-    """Killed when the first state is there (of phase 1, whose heads had just entered) or later."""
-    arguments = list(map(str, sdr(images, start, tmp_path / "cut", "--phases", "4,4,1,1,1")))
-    whole = list(map(str, sdr(images, start, tmp_path / "whole", "--phases", "4,4,1,1,1")))
-    script(*whole)
+    """Killed when the first state is there, at the border to phase 1, or later."""
+    arguments = list(map(str, sdr(images, start, tmp_path / "cut", "--phases", "1,1,0,0,0")))
+    script(*sdr(images, start, tmp_path / "whole", "--phases", "1,1,0,0,0"))
     state = tmp_path / "cut" / "sdrnet.last.pt"
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, arguments[0]), *arguments[1:]],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -115,14 +141,17 @@ def test_an_interrupted_run_goes_on_bit_for_bit(images, start, tmp_path, number,
     step = torch.load(state, weights_only=True)["step"]
     assert process.returncode in (-number, 128 + number, 0) and step >= 12
     script(*arguments)
-    assert same(tmp_path / "whole" / "sdrnet.pt", tmp_path / "cut" / "sdrnet.pt")
+    whole, cut = (torch.load(tmp_path / name / "sdrnet.last.pt", weights_only=True)
+                  for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 24
+    assert all(torch.equal(whole["model"][key], cut["model"][key]) for key in whole["model"])
 
 
 @pytest.mark.slow
 def test_processes_agree_across_the_border_of_phase_0(images, start, tmp_path):
     logs = {}
     for world in (1, 2):
-        script(*sdr(images, start, tmp_path / str(world)), processes=world)
+        processes(world, *sdr(images, start, tmp_path / str(world), "--epochs", 1))
         with open(tmp_path / str(world) / "sdrnet.log.jsonl") as file:
             logs[world] = [json.loads(line) for line in file]
     assert [line["phase"] for line in logs[1]] == [line["phase"] for line in logs[2]]
@@ -132,8 +161,9 @@ def test_processes_agree_across_the_border_of_phase_0(images, start, tmp_path):
     assert first.keys() == other.keys()
 
 
+@pytest.mark.slow
 def test_features_of_processes_are_those_of_one(images, start, tmp_path):
-    script("sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy", processes=2)
+    processes(2, "sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy")
     assert np.allclose(np.load(tmp_path / "f.npy"), np.load(start / "features.npy"), atol=1e-4)
 
 
