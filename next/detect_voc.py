@@ -4,57 +4,55 @@
     python detect_voc.py --voc VOCdevkit --backbone subnet.pt --out runs/voc       # as published
     torchrun --nproc_per_node 8 detect_voc.py --voc VOCdevkit --backbone sdrnet.pt --path 0,2,1,3
     python detect_voc.py --voc VOCdevkit --backbone sdrnet.pt --scores scores.npy --best 8
-    python detect_voc.py --voc mine --train train --test val --recipe quick --test-side 192
+    python detect_voc.py --voc mine --train train --test val --recipe quick
 
 In the paper's terms (SDR, AAAI 2022, "deployment"): the backbone is a sub-net W_i, and the whole
-detector is fine-tuned. Which of several it is, early stopping says: each of --backbone, or of the
---best of a scores.npy, trains for --early-stop iterations on four fifths of the training images, the
-rest judges, and the best starts over on all of them. --random keeps the shape alone: the control.
+detector is fine-tuned. Which of several it is, early stopping says: each of the --best sub-nets of
+a scores.npy trains for --early-stop iterations on four fifths of the training images, the rest
+judges, and the best starts over on all of them. --random keeps the shape alone: the control.
 
 Detector (C4): stages 1 to 3 of the ResNet -> proposals (RPN) -> RoIAlign -> stage 4, one more
 BatchNorm, mean -> class and box. Nothing is frozen, BatchNorm counts all processes.
 
 Protocol, that of MoCo's and SimSiam's tables: VOC2007 and 2012 trainval to VOC2007 test, 24,000
-iterations of 16 images, lr 0.02 (warm-up 100, a tenth after 18,000 and after 22,000), short side 480
-to 800, test at 800, BatchNorm's statistics from 200 batches at the end ("precise BN"). Another
---batch-size B takes lr x B/16 and iterations x 16/B.
+iterations of 16 images, lr 0.02 (warm-up 100, a tenth after 18,000, a hundredth after 22,000),
+short side 480 to 800, test at 800, BatchNorm's statistics from 200 batches at the end ("precise
+BN"). Another --batch-size B takes lr x B/16 and iterations x 16/B.
 
-Which of our figures compares: voc_11_point. The published evaluator takes on VOC2007 the precision at
-11 recalls; AP is the mean of that over IoU 0.50, 0.55 ... 0.95, AP50 and AP75 are its rows. The others:
+Which of our figures compares: voc_11_point. On VOC2007 the published evaluator takes the precision
+at 11 recalls; AP is its mean over IoU 0.50, 0.55 ... 0.95, AP50 and AP75 are two of these ten.
 
-    rule           precision at      matches                              IoU at t
+    rule           precision at      a detection matches                 if IoU with it is
     voc_11_point   11 recalls        the object it overlaps most          > t
     voc_area       all recalls       the same; VOC's rule since 2010      > t
     coco           101 recalls       the best object that is still free   >= t
 
 VOC's files count pixels from 1 and include both ends: a width there is x2 - x1 + 1. Our boxes are
-[x1 - 1, y1 - 1, x2, y2], floats, whose width is x2 - x1: the same number, so there is no + 1 here.
+[x1 - 1, y1 - 1, x2, y2], floats, whose width is x2 - x1: the same number, so no + 1 stands here.
 
 What still differs from the published code (MoCo's detection/, on detectron2):
   - both box losses: smooth L1 with torchvision's beta of 1/9; there 0, which is L1
-  - scores and boxes are evaluated as they are; there rounded to 0.001 and 0.1 pixel, so ties differ
+  - scores and boxes are evaluated as they are; there rounded to 0.001 and 0.1 pixel
   - 3 of 10 found is a recall of 0.3; there it falls short of 3 * 0.1 by a rounding of floats
   - anchors are rounded to whole pixels (torchvision); there not
   - a batch is padded to multiples of 32 pixels and takes images as they come; there to its largest
     image, and portraits and landscapes are not mixed
   - BatchNorm weighs processes by their number of values; there equally
-  - bf16 in backbone and head where CUDA has it (--amp off: fp32); boxes, losses, RPN always fp32
 The same as there: objects marked difficult are trained on, and ignored by the evaluation; images
 without objects are not trained on; anchors of 32 to 512 pixels by 1:2, 1:1, 2:1; 12,000 proposals
 before and 2,000 after suppression (6,000 and 1,000 in testing); 512 regions an image, a quarter of
-them on objects; aligned RoIAlign 14x14; initial weights; weight decay 1e-4 on all but BatchNorm;
-mirroring; scores above 0.05, suppression at IoU 0.5, 100 detections an image.
+them on objects; aligned RoIAlign 14x14; weight decay 1e-4 on all but BatchNorm; mirroring; scores
+above 0.05, suppression at IoU 0.5, 100 detections an image.
 
-In:   --voc       a folder with VOC2007/, VOC2012/ ... in it, or itself with JPEGImages/, Annotations/
-                  and ImageSets/Main/; classes are found there
-      --backbone  subnet.pt, sdrnet.pt, simsiam.pt, or a ResNet-18/34/50 of another code base. Default:
-                  the sub-net of <out>/sdrnet.pt with the best mean score over the tasks routed there
-Out:  <out>/detection/metrics.json         every figure, per class too, and all settings
-                      detections.png       test images: the truth left, detections right
-                      detector.pt          weights; build_detector(resnet(**config["backbone"]),
-                                           **config["detector"]) takes them
-                      early_stopping.json  the table
-                      last.pt, log.jsonl   the state to go on from, bit for bit; a line a minute
+In:   --voc       a folder with VOC2007/, VOC2012/ ... in it, or itself with JPEGImages/,
+                  Annotations/ and ImageSets/Main/; classes are those of the training images
+      --backbone  subnet.pt, sdrnet.pt, simsiam.pt, or a ResNet-18/34/50 of another code base;
+                  default: the sub-net with the best mean score over the tasks routed in <out>
+Out:  <out>/detection/metrics.json          every figure, per class too, and all settings
+                      detections.png        test images: the truth left, detections right
+                      detector.pt           weights, and what build_detector takes
+                      early_stopping.json   the table
+                      last.pt               the state to go on from, bit for bit
 
 Measured: MEASURED
 """
@@ -103,8 +101,8 @@ def match_voc(iou, difficult, threshold):
     """VOC's rule on one image and class. iou (n, k): n detections, highest score first, with k
     objects; difficult (k,). Returns int (n,): 1 true, 0 false, -1 does not count.
 
-    A detection belongs to the object it overlaps most, found before or not. On a difficult object it
-    does not count; else an object's first detection is true, all others are false."""
+    A detection belongs to the object it overlaps most, found before or not. On a difficult object
+    it does not count; else an object's first detection is true, all others are false."""
     verdict, found = np.zeros(len(iou), int), set()
     for d in np.flatnonzero(iou.max(1) > threshold):
         best = int(iou[d].argmax())                    # of equal ones the first
@@ -145,7 +143,7 @@ def precision_recall(verdict):
 def average_11_point(true, precision, objects):
     """VOC2007: mean precision at the recalls 0, 0.1 ... 1. objects: how many there are to find.
 
-    Recall true / objects >= k / 10 is compared in whole numbers: in floats 3/10 is below 3 * 0.1."""
+    true / objects >= k / 10 is compared in whole numbers: in floats 3/10 is below 3 * 0.1."""
     place = np.searchsorted(10 * true, np.arange(11) * objects)
     return np.append(precision, 0)[place].mean()       # a recall that is not reached counts 0
 
@@ -188,7 +186,8 @@ def evaluate(truth, found, classes):
             here = objects["image"] == image
             if not here.any():                         # all false, as they stand
                 continue
-            iou, hard = box_iou(mine["box"][a:a + n], objects["box"][here]), objects["difficult"][here]
+            iou = box_iou(mine["box"][a:a + n], objects["box"][here])
+            hard = objects["difficult"][here]
             for t, threshold in enumerate(thresholds):
                 verdict[match_voc][t, a:a + n] = match_voc(iou, hard, threshold)
                 verdict[match_coco][t, a:a + min(n, 100)] = match_coco(iou[:100], hard, threshold)
@@ -201,8 +200,8 @@ def evaluate(truth, found, classes):
 
 
 def summary(table, classes):
-    """{rule: {AP, AP50, AP75, classes: {name: {AP, AP50}}}} in percent from evaluate's table; the mean
-    is over classes that have objects, None where there are none."""
+    """{rule: {AP, AP50, AP75, classes: {name: {AP, AP50}}}} in percent from evaluate's table, means
+    over classes that have objects, None where there are none."""
     def percent(values):
         known = values[~np.isnan(values)]
         return round(100 * float(known.mean()), 3) if len(known) else None
@@ -227,11 +226,11 @@ def read_annotation(path):
         boxes, names, difficult = [], [], []
         for thing in root.iter("object"):
             fields = {field.tag.lower(): (field.text or "").strip() for field in thing}
-            corners = [float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-            boxes.append(corners)
+            boxes.append([float(thing.findtext(f"bndbox/{corner}"))
+                          for corner in ("xmin", "ymin", "xmax", "ymax")])
             names.append(fields["name"])
-            hard = fields.get("difficult", "0").lower()
-            difficult.append({"true": 1.0, "false": 0.0, "": 0.0}.get(hard) or float(hard or 0) > 0)
+            hard = fields.get("difficult", "").lower()
+            difficult.append(hard == "true" or hard not in ("", "false") and float(hard) > 0)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file, though ImageSets names it") from None
     except (ElementTree.ParseError, TypeError, ValueError, KeyError, UnicodeError) as error:
@@ -246,11 +245,11 @@ def find_image(folder, name):
     for path in sorted(glob.glob(glob.escape(stem) + ".*")):
         if path.lower().endswith(sdrnet.SUFFIXES):
             return path
-    raise InputError(f"{stem}.jpg (or .png, ...): there is no such image, though ImageSets names it")
+    raise InputError(f"{stem}.jpg (.png, ...): there is no such image, though ImageSets names it")
 
 
 def clip_boxes(boxes, size, path):
-    """VOC's inclusive pixels from 1 -> continuous [x1, y1, x2, y2] in the image. What leaves it by a
+    """VOC's inclusive pixels from 1 -> continuous [x1, y1, x2, y2]. What leaves the image by one
     pixel at most is clipped. Raises InputError for more, and for boxes of no area."""
     width, height = size
     boxes = boxes - (1, 1, 0, 0)
@@ -259,8 +258,8 @@ def clip_boxes(boxes, size, path):
         if (box[2:] <= box[:2]).any():
             raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} has no area")
         if np.abs(box - kept).max() > 1 or (kept[2:] <= kept[:2]).any():
-            raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} is outside of its image of "
-                             f"{width} x {height}")
+            raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} is outside of its image "
+                             f"of {width} x {height}")
     return inside
 
 
@@ -287,12 +286,13 @@ class VOC(Dataset):
             words.append(names)
             for word in names if classes is not None else ():
                 if word not in classes:
-                    raise InputError(f"{annotation}: class {word!r} is not one of {', '.join(classes)}")
+                    raise InputError(f"{annotation}: class {word!r} is not one of "
+                                     f"{', '.join(classes)}")
             if time.time() - shown > 20:
                 shown = time.time()
                 sdrnet.print0(f"annotations: {count + 1:,} of {len(entries):,}")
         self.classes = list(classes or sorted({word for names in words for word in names}))
-        self.labels = [np.array([self.classes.index(word) for word in names], int) for names in words]
+        self.labels = [np.array([self.classes.index(w) for w in names], int) for names in words]
         if not any(len(boxes) for boxes in self.boxes):
             raise InputError(f"{entries[0][0]}: no image of the split has an object")
         turned = sum(self.turned)
@@ -320,7 +320,7 @@ class VOC(Dataset):
         boxes = self.boxes[i] * np.tile(np.divide((width, height), self.sizes[i]), 2)
         if mirrored:
             image = image[:, ::-1].copy()
-            boxes = np.column_stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]])
+            boxes = boxes[:, [2, 1, 0, 3]] * (-1, 1, -1, 1) + (width, 0, width, 0)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(boxes).float()
 
     def truth(self, indices):
@@ -340,7 +340,8 @@ def image_size(path, said):
             raw, turned = image.size, ImageOps.exif_transpose(image)
             orientation = image.getexif().get(0x0112, 1)
     except Exception as error:                         # PIL raises nearly anything on a bad file
-        raise InputError(f"{path} cannot be read as an image ({sdrnet.first_line(error)})") from None
+        reason = sdrnet.first_line(error)
+        raise InputError(f"{path} cannot be read as an image ({reason})") from None
     if orientation == 1 or said == raw != turned.size:
         size, turns = raw, False
     else:
@@ -360,8 +361,8 @@ def read_split(voc, sets):
         folder = os.path.join(voc, f"VOC{year}") if year else voc
         path = os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
         if not os.path.isfile(path):
-            raise InputError(f"no {path}: name VOCdevkit with --voc, and the split as 2007:test; or a "
-                             "folder with ImageSets/Main, and the split as test")
+            raise InputError(f"no {path}: name VOCdevkit with --voc, the split as in 2007:test; or "
+                             "a folder with ImageSets/Main, the split as in test")
         lines = [line.split()[0] for line in sdrnet.load_names(path) if line.split()]
         names = [os.path.basename(line.replace("\\", "/")) for line in lines]
         known = (name if not name.lower().endswith(sdrnet.SUFFIXES) else os.path.splitext(name)[0]
@@ -375,7 +376,7 @@ def read_split(voc, sets):
 # ------------------------------------------------------------------------------------ detector
 
 class C4Backbone(nn.Module):
-    """Stem and stages 1 to 3 of a ResNet: images (B, 3, H, W) -> {"0": (B, C_3, H / 16, W / 16)}."""
+    """Stem and stages 1 to 3 of a ResNet: (B, 3, H, W) -> {"0": (B, C_3, H / 16, W / 16)}."""
 
     def __init__(self, net, amp):
         super().__init__()
@@ -386,7 +387,7 @@ class C4Backbone(nn.Module):
         with sdrnet.autocast(x.device, self.amp):
             x = self.net.maxpool(self.net.relu(self.net.bn1(self.net.conv1(x))))
             x = self.net.layer3(self.net.layer2(self.net.layer1(x)))
-        return {"0": x.float()}
+        return {"0": x.to(torch.promote_types(x.dtype, torch.float32))}
 
 
 class C4Head(nn.Module):
@@ -398,7 +399,7 @@ class C4Head(nn.Module):
 
     def forward(self, x):
         with sdrnet.autocast(x.device, self.amp):
-            return self.norm(self.layer4(x)).float().mean((2, 3))
+            return sdrnet.pool(self.norm(self.layer4(x)))
 
 
 class AsTheyCome(GeneralizedRCNNTransform):
@@ -409,8 +410,8 @@ class AsTheyCome(GeneralizedRCNNTransform):
 
 
 class Sampler(BalancedPositiveNegativeSampler):
-    """torchvision's choice of the regions that the losses count, by generators that are a function of
-    (seed, step, position in the global batch): key, and first, the position of the first image."""
+    """torchvision's choice of the regions that the losses count, as a function of (seed, step), the
+    key, and of an image's position in the global batch, of which `first` is the first's here."""
     key, first = (0, 0), 0
 
     def __call__(self, matched):
@@ -422,12 +423,19 @@ class Sampler(BalancedPositiveNegativeSampler):
         return [p[0] for p, _ in chosen], [n[0] for _, n in chosen]
 
 
+class RegionPool(RoIAlign):
+    """RoIAlign on the one map of a C4 backbone: regions -> (R, C_3, size, size)."""
+
+    def forward(self, features, proposals, shapes):
+        return super().forward(features["0"], proposals)
+
+
 def build_detector(net, classes, side=800, regions=512, amp="auto"):
     """Faster R-CNN C4 around a torchvision ResNet: torchvision's FasterRCNN.
 
     net: its BatchNorms are sdrnet.BatchNorm; classes: how many; side: short side of test images, to
-    which the published anchors, of 32 to 512 pixels at 800, are scaled; regions: an image in
-    training. In train mode (images, targets) -> dict of losses, in eval mode images -> detections."""
+    which the published anchors, of 32 to 512 pixels at 800, are scaled; regions: an image, in
+    training. Train mode: (images, targets) -> dict of losses; eval mode: images -> detections."""
     stride = 4 if isinstance(net.maxpool, nn.Identity) else 16         # of stage 3's map
     few = side <= 256                                  # a small image holds fewer proposals
     head = C4Head(net.layer4, net.features, amp)
@@ -437,8 +445,10 @@ def build_detector(net, classes, side=800, regions=512, amp="auto"):
     model = FasterRCNN(
         trunk, rpn_anchor_generator=AnchorGenerator((lengths,), ((0.5, 1.0, 2.0),)), box_head=head,
         box_predictor=FastRCNNPredictor(net.features, classes + 1),
-        rpn_pre_nms_top_n_train=1000 if few else 12000, rpn_post_nms_top_n_train=300 if few else 2000,
-        rpn_pre_nms_top_n_test=500 if few else 6000, rpn_post_nms_top_n_test=150 if few else 1000,
+        rpn_pre_nms_top_n_train=1000 if few else 12000,
+        rpn_post_nms_top_n_train=300 if few else 2000,
+        rpn_pre_nms_top_n_test=500 if few else 6000,
+        rpn_post_nms_top_n_test=150 if few else 1000,
         box_batch_size_per_image=regions, box_nms_thresh=0.5, box_detections_per_img=100)
     model.roi_heads.box_roi_pool = RegionPool(7 if few else 14, 1 / stride, 0, aligned=True)
     transform = model.transform
@@ -450,55 +460,40 @@ def build_detector(net, classes, side=800, regions=512, amp="auto"):
 
 
 def copy_backbone(source, path=None, random=False):
-    """A ResNet of torchvision's, its BatchNorms over all processes, and a line that says what was
-    loaded. source: a checkpoint of ours, with a path "0,2,1,3" for one of its sub-nets, or a file of
-    another code base, a ResNet-18/34/50; random: its shape alone. Raises InputError."""
+    """A ResNet whose BatchNorms count all processes, and a line that says what was loaded.
+
+    source: a checkpoint of ours, an sdrnet.pt with the path "0,2,1,3" of a sub-net, or of another
+    code base a ResNet-18/34/50; random: its shape alone. Raises InputError."""
     content = sdrnet.read_torch_file(source)
+    plain = None
     if isinstance(content, dict) and "kind" in content:
-        net = sdrnet.load_network(source)
-        if path is not None:
-            net = net.extract(sdrnet.read_path(path, net))
-        elif isinstance(net, sdrnet.SDRNet):
-            net = net.extract()
-        config, weights = net.config, net.state_dict()
-        message = f"{source}{'' if path is None else f' path {path}'}: loaded {len(weights)} tensors"
+        plain = sdrnet.load_network(source)
+        digits = None if path is None else sdrnet.read_path(path, plain)
+        if isinstance(plain, sdrnet.SDRNet):
+            plain = plain.extract(digits)
+        config = plain.config
     else:
-        config, weights = guess_shape(content, source), None
-        message = ""
-    copy = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
-    copy.config = config
+        text = str(content)
+        arch = "resnet50" if "layer1.0.conv3" in text else "resnet18"
+        if arch == "resnet18" and "layer3.5." in text:
+            arch = "resnet34"
+        config = dict(arch=arch, widths=[64, 128, 256, 512], stem=64)
+    net = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
+    net.config = config
     if random:
-        return copy, f"{source}: its shape alone, RANDOM weights"
-    if weights is None:
-        message = sdrnet.load_weights(copy, source)
-    else:
-        copy.load_state_dict(weights)
-    return copy, message
-
-
-def guess_shape(content, source):
-    """What sdrnet.resnet takes, for a state dict of another code base: torchvision's widths."""
-    text = " ".join(map(str, content.get("state_dict", content.get("model", content))))
-    arch = "resnet18"
-    if "layer1.0.conv3" in text:
-        arch = "resnet50"
-    elif "layer3.5." in text:
-        arch = "resnet34"
-    return dict(arch=arch, widths=[64, 128, 256, 512], stem=64)
-
-
-class RegionPool(RoIAlign):
-    """RoIAlign on the one map of a C4 backbone: regions -> (R, C_3, size, size)."""
-
-    def forward(self, features, proposals, shapes):
-        return super().forward(features["0"], proposals)
+        return net, f"{source}: its shape alone, RANDOM weights"
+    if plain is None:
+        return net, sdrnet.load_weights(net, source)
+    net.load_state_dict(plain.state_dict())
+    where = source if path is None else f"{source} path {path}"
+    return net, f"{where}: loaded {len(net.state_dict())} of {len(net.state_dict())} tensors"
 
 
 # ------------------------------------------------------------------------------------ training
 
 def training_items(step, seed, usable, batch, sides):
-    """[(image, short side, mirrored), ...] of a step's whole batch: the next images of an endless row
-    of epochs, each a permutation; a function of (seed, step, position)."""
+    """[(image, short side, mirrored), ...] of a step's whole batch: the next of an endless row of
+    epochs, each a permutation; a function of (seed, step, position)."""
     items = []
     for place in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(place, len(usable))
@@ -519,8 +514,9 @@ def training_batches(data, indices, args, first, last, device):
     loaded = sdrnet.load_batches(data, items, args.workers)
     for step, batch, samples in zip(range(first, last), items, loaded):
         images = [image.to(device).float() / 255 for image, _ in samples]
-        targets = [{"boxes": boxes.to(device), "labels": torch.tensor(data.labels[i] + 1, device=device)}
-                   for (i, _, _), (_, boxes) in zip(batch, samples)]
+        labels = [torch.from_numpy(data.labels[i] + 1).to(device) for i, _, _ in batch]
+        targets = [{"boxes": boxes.to(device), "labels": label}
+                   for (_, boxes), label in zip(samples, labels)]
         yield step, images, targets
 
 
@@ -548,12 +544,12 @@ def make_optimizer(model, weight_decay=1e-4):
 
 
 def train(model, data, indices, args, iterations, device, path=None, arguments=None):
-    """Trains on the images `indices` of `data`. path: the state to go on from, and to leave, every ten
-    minutes and at a signal; None: none."""
+    """Trains on the images `indices` of `data`. path: the state to go on from, and to leave every
+    ten minutes, at a signal and at the end; None: none."""
     optimizer, first = make_optimizer(model), 0
     if path and os.path.exists(path):
         state = sdrnet.load_checkpoint(path, "training")
-        refuse_changes(state["config"], arguments, path)
+        sdrnet.refuse_changes(state["config"], arguments, path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -570,13 +566,13 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
         loss.backward()
         done, now = step + 1, time.time()
         if sdrnet.on_any(not torch.isfinite(loss))[0]:
-            raise InputError(f"iteration {step:,}: the loss is not finite ({float(loss)}): take a lower "
-                             "--lr, or --amp off")
+            raise InputError(f"iteration {step:,}: the loss is not finite ({float(loss)}): take a "
+                             "lower --lr, or --amp off")
         optimizer.step()
         if done == iterations or now - shown > 20:
             shown = now
             speed = (done - first) / (now - began)
-            parts = "  ".join(f"{name} {float(value.detach()):.3f}" for name, value in losses.items())
+            parts = "  ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
             sdrnet.print0(f"iteration {done:,} of {iterations:,}  {parts}  lr {rate:.4f}  "
                           f"{speed * args.batch_size:.1f} img/s  "
                           f"minutes left {(iterations - done) / speed / 60:.1f}")
@@ -592,14 +588,6 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
             sys.exit(128 + max(sdrnet.CAUGHT, default=15))
 
 
-def refuse_changes(old, new, path):
-    """Raises InputError that names what differs between two dicts of arguments."""
-    changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-    if changed:
-        raise InputError(f"{path} was made with other arguments ({'; '.join(changed)}): give those "
-                         "again, another --out, or --fresh")
-
-
 @torch.no_grad()
 def recalibrate_bn(model, data, indices, args, device):
     """BatchNorm's statistics for inference, averages over training batches: "precise BN"."""
@@ -612,14 +600,15 @@ def recalibrate_bn(model, data, indices, args, device):
 
 @torch.no_grad()
 def detect(model, data, indices, args, device):
-    """What `evaluate` takes: all detections on the images, image j being indices[j], in the pixels of
-    the files. Each image is seen by itself; every process gets all detections."""
+    """What `evaluate` takes: all detections on the images, j for indices[j], in the pixels of the
+    files. Each image is seen by itself; every process gets all detections."""
     model.eval()
     mine = list(range(sdrnet.rank(), len(indices), sdrnet.world_size()))
     items = [[(indices[j], args.test_side, False)] for j in mine]
     rows, shown = [], time.time()
     for j, ((image, _),) in zip(mine, sdrnet.load_batches(data, items, args.workers)):
-        found = {k: v.double().cpu().numpy() for k, v in model([image.to(device).float() / 255])[0].items()}
+        result, = model([image.to(device).float() / 255])
+        found = {key: value.double().cpu().numpy() for key, value in result.items()}
         scale = np.tile(np.divide(data.sizes[indices[j]], image.shape[:0:-1]), 2)
         n = len(found["scores"])
         rows.append(np.column_stack([np.full(n, j), found["labels"] - 1, found["scores"],
@@ -719,7 +708,7 @@ def report(result):
 RECIPES = {                                            # where no option says otherwise
     "voc": dict(batch_size=16, iterations=24000, lr=0.02, warmup=100, test_side=800, regions=512,
                 sides=list(range(480, 801, 32)), precise_bn=200, early_stop=1000),
-    "quick": dict(batch_size=8, iterations=300, lr=0.04, warmup=30, test_side=256, regions=64,
+    "quick": dict(batch_size=8, iterations=400, lr=0.04, warmup=40, test_side=256, regions=64,
                   sides=[256], precise_bn=20, early_stop=60),
 }
 RUN_ONLY = ("out", "device", "workers", "fresh")       # may change in a run
@@ -731,29 +720,29 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      usage=argparse.SUPPRESS)
     group = parser.add_argument_group("images")
-    group.add_argument("--voc", help="VOCdevkit, or a folder with ImageSets/Main; default: toy scenes")
+    group.add_argument("--voc", help="VOCdevkit, or a folder with ImageSets/; default: toy scenes")
     group.add_argument("--train", default="2007:trainval,2012:trainval",
                        help="splits to train on: 2007:trainval,2012:trainval")
     group.add_argument("--test", default="2007:test", help="splits to test on: 2007:test")
-    group.add_argument("--classes", help="names, with commas between; default: those found in training")
+    group.add_argument("--classes", help="names, with commas between; default: those found")
     group.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
                        help="processes that read images; 0: this one does")
     group = parser.add_argument_group("backbone")
     group.add_argument("--out", default="runs/toy", help="folder of the run's files: runs/toy")
-    group.add_argument("--backbone", help="checkpoint; default: the best sub-net of <out>/sdrnet.pt")
+    group.add_argument("--backbone", help="checkpoint; default: the sub-net routed best in <out>")
     group.add_argument("--path", help="of its sub-net, as in 0,2,1,3")
     group.add_argument("--random", action="store_true", help="its shape alone: the control")
     group.add_argument("--scores", help="a scores.npy: early stopping chooses among its --best")
     group.add_argument("--best", type=number(int, 2), default=4, help="sub-nets of --scores: 4")
     group.add_argument("--early-stop", type=number(int, 1), help="iterations: 1000; toy: 60")
     group = parser.add_argument_group("protocol")
-    group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 300 "
-                       "iterations of 8 images at 128 px, default for toy scenes")
+    group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 400 "
+                       "iterations of 8 images at 256 px, default for toy scenes")
     group.add_argument("--batch-size", type=number(int, 1), help="16; lr and iterations follow it")
     group.add_argument("--iterations", type=number(int, 1), help="24,000 x 16 / batch size")
     group.add_argument("--lr", type=number(float, 1e-12), help="0.02 x batch size / 16")
-    group.add_argument("--test-side", type=number(int, 32), help="short side in testing: 800; in "
-                       "training from 0.6 of it to it")
+    group.add_argument("--test-side", type=number(int, 32),
+                       help="short side in testing: 800; in training from 0.6 of that up to it")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, 0), default=0, help="of everything drawn: 0")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -802,8 +791,8 @@ def list_candidates(args):
     source = os.path.join(args.out, "sdrnet.pt")
     groups = sdrnet.load_checkpoint(source, "sdrnet")["config"]["groups"]
     path = sdrnet.index_to_path(int(mean.argmax()), groups)
-    sdrnet.print0(f"sub-net {mean.argmax()}, path {path}, has the best mean score, {mean.max():.1f} %, "
-                  f"over {len(files)} tasks routed in {args.out}")
+    sdrnet.print0(f"sub-net {mean.argmax()}, path {path}: the best mean score, {mean.max():.1f} %, "
+                  f"over the {len(files)} tasks routed in {args.out}")
     return [(f"sub-net {mean.argmax()}", source, ",".join(map(str, path)))]
 
 
@@ -822,8 +811,9 @@ def run(args):
     both = len(set(data.paths) & set(tests.paths))
     if both:
         sdrnet.print0(f"warning: {both} of {len(tests)} test images are training images too")
-    sdrnet.print0(f"{len(data):,} training and {len(tests):,} test images, {len(data.classes)} classes; "
-                  + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items())))
+    values = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()))
+    sdrnet.print0(f"{len(data):,} training and {len(tests):,} test images, {len(data.classes)} "
+                  f"classes; {values}")
     folder = os.path.join(args.out, "detection")
     place = functools.partial(os.path.join, folder)
     arguments = {key: value for key, value in vars(args).items() if key not in RUN_ONLY}
@@ -836,7 +826,7 @@ def run(args):
         dist.barrier()
     if os.path.exists(place("metrics.json")):
         with open(place("metrics.json")) as file:
-            refuse_changes(json.load(file)["arguments"], arguments, place("metrics.json"))
+            sdrnet.refuse_changes(json.load(file)["arguments"], arguments, place("metrics.json"))
         sdrnet.print0(f"{place('metrics.json')} is finished; --fresh trains anew")
         return
     name, source, digits = candidates[0]

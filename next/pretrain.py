@@ -486,19 +486,11 @@ def resume(path, arguments, model, optimizer):
     if not os.path.exists(path):
         return 0
     state = sdrnet.load_checkpoint(path, "training")
-    refuse_changes(state["config"], arguments, path)
+    sdrnet.refuse_changes(state["config"], arguments, path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     sdrnet.print0(f"going on from {path}, step {state['step']:,}")
     return state["step"]
-
-
-def refuse_changes(old, new, path):
-    """Raises InputError that names what differs between two dicts of arguments."""
-    changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-    if changed:
-        raise InputError(f"{path} was made with other arguments ({'; '.join(changed)}): "
-                         "give those again, another --out, or --fresh")
 
 
 def log_line(path, line):
@@ -854,7 +846,8 @@ def start_folder(args, names, arguments, final, last):
     if os.path.exists(listing):
         compare_listings(listing, names)
     if os.path.exists(final):
-        refuse_changes(sdrnet.load_checkpoint(final)["origin"]["arguments"], arguments, final)
+        origin = sdrnet.load_checkpoint(final)["origin"]
+        sdrnet.refuse_changes(origin["arguments"], arguments, final)
         sdrnet.print0(f"{final} is finished; --fresh trains it anew")
         return False
     if sdrnet.rank() == 0:

@@ -619,6 +619,14 @@ def load_checkpoint(path, *kinds):
     return content
 
 
+def refuse_changes(old, new, path):
+    """Raises InputError that names what differs between two runs' arguments, dicts."""
+    changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    if changed:
+        raise InputError(f"{path} was made with other arguments ({'; '.join(changed)}): give those "
+                         "again, another --out, or --fresh")
+
+
 def load_network(path, norm_layer=nn.BatchNorm2d):
     """The network of a checkpoint in eval mode: an SDRNet, or of a subnet.pt torchvision's ResNet.
 

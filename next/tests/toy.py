@@ -130,7 +130,7 @@ def draw_scene(rng, side=128):
     objects, taken = [], np.zeros((side, side), bool)
     for _ in range(rng.integers(1, 5)):
         name = ("disc", "square", "triangle", "star")[rng.integers(4)]
-        size, (cx, cy) = rng.uniform(0.1, 0.35), rng.uniform(-0.6, 0.6, 2)
+        size, (cx, cy) = rng.uniform(0.18, 0.45), rng.uniform(-0.6, 0.6, 2)
         x, y = grid(side, rng, 0.08)
         inside = WORLDS["figures"][name]((x - cx) / size, (y - cy) / size) < 0
         if (inside & taken).any():
@@ -139,7 +139,7 @@ def draw_scene(rng, side=128):
         image[inside] = 0.9 * rng.integers(0, 256, 3) + 0.1 * image[inside]
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         box = columns[0] + 1, rows[0] + 1, columns[-1] + 1, rows[-1] + 1     # VOC counts from 1
-        objects.append((name, int(size < 0.13), *box))
+        objects.append((name, int(size < 0.21), *box))
     return image, objects
 
 
