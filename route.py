@@ -1,620 +1,591 @@
-"""route.py - "here is my task, which sub-net?": scores all sub-nets of an sdrnet.pt on a task and exports the best.
+"""route.py - "here is my task: which sub-net?" Scores all sub-nets on a task and exports the best.
 
-    python route.py                                              # the toy tasks with runs/toy/sdrnet.pt
-    python route.py --out runs/photos --task pets/ --task cars/  # folders with train/ and test/, a folder per class
-    python route.py --checkpoint sdrnet.pt --task aircraft --root /datasets --probe --simsiam simsiam.pt
-    torchrun --nproc_per_node 8 route.py ... --task aircraft --task cars --task food
+    python route.py                                          # the toy tasks, runs/toy/sdrnet.pt
+    python route.py --out runs/photos --task pets/ --task cars/
+    python route.py --out runs/in1k --task aircraft --task dtd --root /datasets --probe
+    torchrun --nproc_per_node 8 route.py --out runs/in1k --task aircraft ... # tasks are shared out
+    python route.py --network runs/toy/simsiam.pt            # any network of ours, for comparison
 
-In the paper's terms (SDR, "deployment"): a k-nearest-neighbour classifier on frozen features scores every sub-net W_i.
-Here the score that CHOOSES is leave-one-out on the task's training images: each is classified by the others (cosine,
-votes weighted by exp(cos / 0.07)); test images only report. The g^4 sub-nets are run as a tree, each prefix of a path
-once, sub-tree by sub-tree, so that features of at most g^2 sub-nets exist at a time.
+In the paper's terms (SDR, "deployment"): a k-nearest-neighbour classifier on frozen features scores
+every sub-net W_i. What CHOOSES is its leave-one-out score on the task's training images: each is
+classified by the others. Test images only report. The sub-nets are run as a tree, each prefix of a
+path once. Where all score alike nothing can be chosen, and the largest network W_0 is taken.
 
-    --search all       every sub-net on all training images
-    --search halving   every sub-net on an eighth of them, then the better half on twice as many, until they see all
-    --search centroid  no labels: the images are assigned to clusters by the largest network; the largest share wins
+In:   <out>/sdrnet.pt, or --network
+      --task   a folder with train/ and test/, in each a folder a class; or by name, below --root as
+               torchvision has them, each with its own split and metric: aircraft caltech101 cars
+               cifar10 cifar100 dtd flowers food pets sun397 voc2007
+Out:  <out>/<task>/scores.npy       float32 (g^4,), leave-one-out on training images, in percent
+                   test_scores.npy  float32 (g^4,), on test images; never used to choose
+                   subnet.pt        the chosen sub-net, a plain ResNet: sdrnet.load_network
+                   result.json      path, scores, protocol, origin
+                   story.png        the task, the images that its sub-net learned from, the scores
+                   histogram.png    with matplotlib, and <out>/gains.png
 
-    --budget-gflops LO HI   DATA (CVPR 2022), on a datanet.pt of pretrain.py --sizes: --samples random sizes whose FLOPs
-                            lie in the window; the one whose embeddings of the task's unlabelled training images have
-                            the highest mean cosine to the largest network's is chosen
+Measured on one core of an AMD EPYC with AVX2, torch 2.14: 16 toy sub-nets on 400 + 400 images in
+10 s.
 
-In:  sdrnet.pt, tasks (--task NAME, repeatable): toy, toy:WORLD, a folder, or with --root one of aircraft caltech101
-     cars cifar10 cifar100 dtd flowers food pets sun397 voc2007, each with its own split and metric
-Out: <out>/<task>/scores.npy       float32 (g^4,) leave-one-out scores in percent (nan: not scored on all images)
-                  test_scores.npy  float32 (g^4,) test scores, never used to choose
-                  subnet.pt        the chosen sub-net, plain and dense (see sdrnet.py); subnet.pt2 with --export
-                  result.json      chosen path, largest network, mean and best of all, each on train and test; the protocol
-                  histogram.png    with matplotlib; cluster.png, what the chosen sub-net was trained on
-     <out>/gain.png                with matplotlib: each task's gain over the largest network
-     with --budget-gflops          <out>/<task>/sizes/subnet.pt and result.json, <out>/gain_sizes.png
-
-Measured: 16 sub-nets of a ResNet-18 of width 16 at 32 px on 5,000 + 2,000 images: 24 s on one CPU core.
+Deviations from the paper: it does not say on which images the kNN scores are taken.
 """
 import argparse
 import functools
-import hashlib
-import itertools
+import json
 import math
 import os
+import sys
 import time
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch.optim.swa_utils import update_bn
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from scipy.optimize import minimize
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from torchvision import datasets
 
 import sdrnet
-from pretrain import (CORES, Images, Parser, Signals, Task, autocast, batches, common_options, contact_sheet, embed, knn, knn_score, load_clusters, make_heads, number, open_images,
-                      open_tasks, plain_input, rank, run, save_array, save_json, say, score, start, tell, torchvision_listing)
-from sdrnet import InputError, index_to_path, world_size
+from sdrnet import InputError
+
+# ------------------------------------------------------------------------------------ tasks
+
+class Task(NamedTuple):
+    """train, test: data sets of uint8 (3, S, S); labels: int64 (N,), or (N, C) of 1, 0 and -1,
+    which does not count; classes: names; metric: top-1, mean-per-class or mAP."""
+    name: str
+    train: Dataset
+    train_labels: torch.Tensor
+    test: Dataset
+    test_labels: torch.Tensor
+    classes: list
+    metric: str = "top-1"
 
 
-# ---------------------------------------------------------------------------- the eleven tasks of the paper
-
-def named_task(name, root, download):
-    """One of the eleven tasks by name, with its official split (train and validation joined) and metric."""
-    from torchvision import datasets as D
-    on = dict(root=root, download=download)
-    table = {                                          # name: one part, those of training, those of test, metric
-        "aircraft": (lambda p: D.FGVCAircraft(split=p, **on), ["trainval"], ["test"], "mean-per-class"),
-        "caltech101": (lambda p: caltech_part(root, download, p), [True], [False], "mean-per-class"),
-        "cars": (lambda p: D.StanfordCars(root, p), ["train"], ["test"], "top-1"),
-        "cifar10": (lambda p: D.CIFAR10(train=p, **on), [True], [False], "top-1"),
-        "cifar100": (lambda p: D.CIFAR100(train=p, **on), [True], [False], "top-1"),
-        "dtd": (lambda p: D.DTD(split=p, **on), ["train", "val"], ["test"], "top-1"),
-        "flowers": (lambda p: D.Flowers102(split=p, **on), ["train", "val"], ["test"], "mean-per-class"),
-        "food": (lambda p: D.Food101(split=p, **on), ["train"], ["test"], "top-1"),
-        "pets": (lambda p: D.OxfordIIITPet(split=p, **on), ["trainval"], ["test"], "mean-per-class"),
-        "sun397": (lambda p: sun_part(root, download, p), ["Training_01.txt"], ["Testing_01.txt"], "top-1"),
-        "voc2007": (lambda p: D.VOCDetection(year="2007", image_set=p, **on), ["trainval"], ["test"], "mAP"),
-    }
-    if name not in table:
-        return None
-    if not root:
-        raise InputError(f"task {name}: name the folder it lies in with --root")
-    make, *parts, metric = table[name]
-    return Task(name, *(torchvision_listing(lambda: [make(p) for p in names], name) for names in parts), metric)
-
-
-def caltech_part(root, download, train):
-    """Caltech-101 has no official split; the usual one: 30 images of each class train, the rest test (seed 0)."""
-    from torchvision.datasets import Caltech101
-    if not download and not os.path.isdir(os.path.join(root, "caltech101")):       # torchvision would make the folder
-        raise InputError(f"task caltech101: no folder {os.path.join(root, 'caltech101')}; is --root right?")
-    whole, chosen = Caltech101(root, download=download), []
-    for c in range(max(whole.y) + 1):
-        members = np.random.default_rng([0, c]).permutation(np.flatnonzero(np.asarray(whole.y) == c))
-        chosen += list(members[:30] if train else members[30:])
-    return torch.utils.data.Subset(whole, sorted(int(i) for i in chosen))
-
-
-def sun_part(root, download, listing):
-    """SUN397's first official partition: its Training_01.txt and Testing_01.txt are expected in <root>/SUN397."""
-    from torchvision.datasets import SUN397
-    whole, file = SUN397(root, download=download), os.path.join(root, "SUN397", listing)
-    if not os.path.isfile(file):
-        raise InputError(f"task sun397: no {file}; unpack the official Partitions.zip into {os.path.join(root, 'SUN397')}")
-    with open(file) as lines:
-        wanted = {line.strip().lstrip("/") for line in lines if line.strip()}
-    place = {os.path.relpath(f, os.path.join(root, "SUN397")): i for i, f in enumerate(whole._image_files)}
-    missing = sorted(wanted - set(place))
-    if missing:
-        raise InputError(f"task sun397: {len(missing):,} of the {len(wanted):,} images of {listing} are missing, {missing[0]} first")
-    return torch.utils.data.Subset(whole, [place[f] for f in sorted(wanted)])      # torchvision lists in the disk's order
-
-
-# ---------------------------------------------------------------------------- scoring
-
-def decoded(task, size, limit, workers):
-    """A task as the sub-nets see it: uint8 (N, 3, S, S) in memory, of each part about `limit` images, every class alike."""
-    parts = []
+def open_task(name, size, root=None, download=False):
+    """A task by name or folder, its images cropped to `size`. Raises InputError."""
+    crop = functools.partial(sdrnet.center_crop, size=size)
+    if name in NAMED:
+        return named_task(name, crop, root, download)
+    classes, parts = {}, []
     for part in ("train", "test"):
-        images = getattr(task, part)
-        order = stratified(images.labels, limit)
-        if len(order) < len(images):
-            say(f"  {task.name}: {len(order):,} of {len(images):,} {part} images (--max-images), each class alike")
-        packed = torch.empty(len(order), 3, size, size, dtype=torch.uint8)
-        for block, x in batches(images, size, workers=workers, mine=False, order=order):
-            packed[torch.from_numpy(block)] = x
-            Signals.poll()
-        parts.append(Images([images.names[i] for i in order], None, images.labels[order], images.classes, packed))
-    return Task(task.name, *parts, task.metric)
+        folder = os.path.join(name, part)
+        if not os.path.isdir(folder):
+            raise InputError(f"--task {name}: no folder {folder}; a task is a folder with train/ "
+                             f"and test/ of a folder a class, or one of {', '.join(NAMED)}")
+        names = sdrnet.list_images(folder)
+        owners = [n.split(os.sep)[0] for n in names]
+        classes[part] = sorted(set(owners))
+        unknown = sorted(set(owners) - set(classes["train"]))
+        if unknown or any(os.sep not in n for n in names):
+            raise InputError(f"--task {name}: {folder} holds "
+                             + (f"class {unknown[0]}, which train/ lacks" if unknown
+                                else "images outside of class folders"))
+        labels = torch.tensor([classes["train"].index(owner) for owner in owners])
+        parts += [sdrnet.Images(folder, names, crop), labels]
+    return Task(os.path.basename(os.path.abspath(name)), *parts, classes["train"])
 
 
-def stratified(labels, limit):
-    """Indices of about `limit` images, sorted, every class cut by the same share, and at least one image of each."""
-    if len(labels) <= limit:
-        return np.arange(len(labels))
-    key = labels if labels.dim() == 1 else labels.argmax(1)
-    rng, chosen = np.random.default_rng(0), []
-    for c in key.unique():
-        members = rng.permutation(np.flatnonzero(key.numpy() == int(c)))
-        chosen.append(members[:max(1, round(len(members) * limit / len(labels)))])
-    return np.sort(np.concatenate(chosen))
+# Name: torchvision's data set, the splits that train, those that test, metric. The splits are the
+# official ones; Caltech-101 has none: 30 images a class train; of SUN397 the first partition.
+NAMED = {
+    "aircraft": (datasets.FGVCAircraft, ["trainval"], ["test"], "mean-per-class"),
+    "caltech101": (datasets.Caltech101, ["train"], ["test"], "mean-per-class"),
+    "cars": (datasets.StanfordCars, ["train"], ["test"], "top-1"),
+    "cifar10": (datasets.CIFAR10, ["train"], ["test"], "top-1"),
+    "cifar100": (datasets.CIFAR100, ["train"], ["test"], "top-1"),
+    "dtd": (datasets.DTD, ["train", "val"], ["test"], "top-1"),
+    "flowers": (datasets.Flowers102, ["train", "val"], ["test"], "mean-per-class"),
+    "food": (datasets.Food101, ["train"], ["test"], "top-1"),
+    "pets": (datasets.OxfordIIITPet, ["trainval"], ["test"], "mean-per-class"),
+    "sun397": (datasets.SUN397, ["Training_01"], ["Testing_01"], "top-1"),
+    "voc2007": (datasets.VOCDetection, ["trainval"], ["test"], "mAP"),
+}
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+               "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
 
-@torch.no_grad()
-def tree_features(net, pixels, indices, device, amp, batch=256):
-    """{sub-net: features float32 (N, D)} for sub-nets `indices`, each prefix of a path computed once per batch."""
-    table = {i: torch.empty(len(pixels), net.sub_features) for i in indices}
-    for a in range(0, len(pixels), batch):
-        with autocast(device, amp):
-            for i, f in net.walk(plain_input(pixels[a:a + batch], device), indices):
-                table[i][a:a + batch] = f.float().cpu()
-        Signals.poll()
-    return table
+class Cropped(Dataset):
+    """A torchvision data set's images, uint8 (3, S, S), or the sentence that one cannot be read."""
+
+    def __init__(self, data, crop, name):
+        self.data, self.crop, self.name = data, crop, name
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        try:
+            image = np.array(self.data[i][0].convert("RGB"))
+            return self.crop(torch.from_numpy(image).permute(2, 0, 1))
+        except Exception as error:                     # PIL raises nearly anything on a bad file
+            return f"{self.name}: image {i} cannot be read ({sdrnet.first_line(error)})"
 
 
-def loo_score(features, task, k=20):
-    """Leave-one-out kNN percent of training features (N, D), in the task's metric."""
-    return score(knn(features, task.train.labels, None, len(task.train.classes), k, leave_one_out=True), task.train.labels, task.metric)
+def named_task(name, crop, root, download):
+    """One of the paper's eleven tasks. Raises InputError where torchvision cannot read it."""
+    if not root:
+        raise InputError(f"--task {name}: name the folder that it lies in with --root")
+    make, train, test, metric = NAMED[name]
+    try:
+        parts = []
+        for splits in (train, test):
+            data = [read_split(name, make, split, root, download) for split in splits]
+            labels = torch.cat([torch.as_tensor(read_labels(part)) for part in data])
+            parts += [Cropped(ConcatDataset(data), crop, name), labels]
+    except Exception as error:                         # torchvision raises nearly anything here
+        raise InputError(f"--task {name} cannot be read ({sdrnet.first_line(error)}); is --root "
+                         "right? --download lets torchvision fetch it") from None
+    count = parts[1].shape[1] if metric == "mAP" else int(parts[1].max()) + 1
+    return Task(name, *parts, [str(c) for c in range(count)], metric)
 
 
-def loo_votes(features, labels, classes, k=20):
-    """Percent of the leave-one-out votes that go to the right classes. It ranks sub-nets on few images, where right or
-    wrong is too coarse: halving by it finds a sub-net within a point of the best more often."""
-    right = labels if labels.dim() > 1 else F.one_hot(labels, classes)
-    return 100 * float((knn(features, labels, None, classes, k, leave_one_out=True) * right).sum() / right.sum())
+def read_split(name, make, split, root, download):
+    """One split of a torchvision data set: a data set."""
+    if name in ("cifar10", "cifar100"):
+        return make(root, train=split == "train", download=download)
+    if name == "cars":
+        return make(root, split=split)
+    if name == "voc2007":
+        return make(root, year="2007", image_set=split, download=download)
+    if name == "caltech101":
+        data = make(root, download=download)
+        labels = np.asarray(data.y)
+        order = np.random.default_rng(0).permutation(len(labels))
+        train = [i for c in np.unique(labels) for i in order[labels[order] == c][:30]]
+        test = np.setdiff1d(np.arange(len(labels)), train)
+        return Subset(data, sorted(train) if split == "train" else test.tolist())
+    if name == "sun397":
+        data = make(root, download=download)
+        place = {str(file).split("SUN397")[-1]: i for i, file in enumerate(data._image_files)}
+        with open(os.path.join(root, "SUN397", f"{split}.txt")) as lines:
+            return Subset(data, [place[line.strip()] for line in lines if line.strip()])
+    return make(root, split=split, download=download)
 
 
-def own_subtrees(indices, groups):
-    """This process's share of sub-nets, grouped by the first two digits of their path: at most g^2 in a group. A sub-tree
-    stays with its process, so that halving finds the features of the round before."""
-    table = {}
-    for i in indices:
-        table.setdefault(int(i) // groups ** 2, []).append(int(i))
-    return [members for prefix, members in table.items() if prefix % world_size() == rank()]
+def read_labels(data):
+    """Labels of a torchvision data set, without decoding its images: int64 (N,); of VOC (N, 20)."""
+    if isinstance(data, Subset):
+        return np.asarray(read_labels(data.dataset))[data.indices]
+    if isinstance(data, datasets.VOCDetection):
+        return np.array([voc_labels(path) for path in data.annotations])
+    for attribute in ("targets", "_labels", "y"):
+        if hasattr(data, attribute):
+            return np.asarray(getattr(data, attribute))
+    return np.asarray([label for _, label in data._samples])
 
 
-def search_all(net, task, device, amp, k, indices=None, tests=True):
-    """Leave-one-out and test scores of sub-nets (default: all), float64 (2, g^4), nan where not asked for.
-    Sub-trees are shared out over the processes."""
-    count, began = net.groups ** 4, time.time()
-    indices, table = np.arange(count) if indices is None else np.asarray(indices), np.zeros((2, count))
-    own, shown = own_subtrees(indices, net.groups), began
-    for n, members in enumerate(own, 1):
-        train = tree_features(net, task.train.packed, members, device, amp)
-        test = tree_features(net, task.test.packed, members, device, amp) if tests else {}
-        for i in members:
-            table[:, i] = loo_score(train[i], task, k), knn_score(train[i], test[i], task, k) if tests else np.nan
-        shown = tell(f"  {task.name}: sub-tree {n} of {len(own)}, {time.time() - began:.0f} s", shown, shown > began and n == len(own))
-    table = add_up(table, device)
-    table[:, np.setdiff1d(np.arange(count), indices)] = np.nan
-    return table
+def voc_labels(path):
+    """Of a VOC annotation, (20,): 1 where a class is there, 0 where not, -1 where all its objects
+    are marked difficult, so that the image does not count for it."""
+    labels = np.zeros(len(VOC_CLASSES), np.int64)
+    for thing in ElementTree.parse(path).iter("object"):
+        c = VOC_CLASSES.index(thing.findtext("name"))
+        if thing.findtext("difficult") != "1":
+            labels[c] = 1
+        elif labels[c] == 0:
+            labels[c] = -1
+    return labels
 
 
-def add_up(table, device):
-    """The sum over processes of an array that is zero where another process did the work."""
-    return sdrnet.add_up(torch.from_numpy(table).to(device)).cpu().numpy()
+def limit_training(task, most):
+    """The task with at most `most` training images, of each class as many as of the others."""
+    labels = task.train_labels
+    if len(labels) <= most:
+        return task
+    order = np.random.default_rng(0).permutation(len(labels))
+    seen, place = {}, np.zeros(len(labels), int)       # each image's place within its class
+    for i in order:
+        key = int(labels[i]) if labels.dim() == 1 else 0
+        place[i] = seen[key] = seen.get(key, -1) + 1
+    chosen = np.sort(np.argsort(place, kind="stable")[:most])
+    return task._replace(train=Subset(task.train, chosen.tolist()), train_labels=labels[chosen])
 
 
-def search_halving(net, task, device, amp, k, shares=(1 / 8, 1 / 4, 1 / 2, 1), keep=8, fewest=100):
-    """All sub-nets on the first share of the training images, then each round the better half, but at least `keep`, on
-    twice as many, with the features of the round before. No round sees fewer than about `fewest`: on 50 of a task's 400 the
-    choice was up to 4.75 points behind the best (16 sub-nets, toy images), on 100 it was the best in 11 of 12 tasks.
+# ------------------------------------------------------------------------------------ scoring
 
-    Returns (leave-one-out scores float64 (g^4,): nan but for those that saw everything; share of image passes done)."""
-    count, images, classes = net.groups ** 4, task.train, len(task.train.classes)
-    alive, features, passes, rows = list(range(count)), {}, 0, np.arange(0)
-    for share in shares:
-        wanted = stratified(images.labels, max(math.ceil(share * len(images)), 2 * classes, fewest))
-        if len(wanted) == len(rows):
+def knn(train, labels, test=None, k=20, temperature=0.07, chunk=1024):
+    """Weighted nearest neighbours: each class's share of the votes, float32 (Q, C).
+
+    train (N, D), test (Q, D): features; labels: int64 (N,), or (N, C) of 0 and 1. The k training
+    images of the highest cosine vote with exp(cos / temperature); k is N at most. test None: leave
+    one out, each training image being classified by the others."""
+    train = F.normalize(train.float(), dim=1)
+    queries = train if test is None else F.normalize(test.float(), dim=1)
+    votes = (labels if labels.dim() > 1 else F.one_hot(labels)).float()
+    k = min(k, len(train) - (test is None))
+    shares = []
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start:start + chunk] @ train.T            # (chunk, N)
+        if test is None:
+            similarity.diagonal(start).fill_(-math.inf)
+        near, index = similarity.topk(k, dim=1)                        # (chunk, k)
+        weight = torch.softmax(near / temperature, dim=1)              # exp, without overflow
+        shares.append(torch.einsum("qk,qkc->qc", weight, votes[index]))
+    return torch.cat(shares)
+
+
+def measure(shares, labels, metric):
+    """Percent. shares (Q, C): scores of the classes; labels int64 (Q,), for mAP (Q, C) of 1, 0, -1.
+
+    mean-per-class: the mean of the classes' accuracies. mAP: the mean of VOC2007's 11-point average
+    precisions, where an image of label -1 does not count for the class."""
+    if metric != "mAP":
+        right = (shares.argmax(1) == labels).double()
+        if metric == "top-1":
+            return 100 * right.mean().item()
+        return 100 * float(np.mean([right[labels == c].mean().item() for c in labels.unique()]))
+    precisions = []
+    for scores, truth in zip(shares.T, labels.T):
+        scores, truth = scores[truth >= 0], truth[truth >= 0]
+        hit = truth[scores.argsort(descending=True, stable=True)].double()
+        if hit.sum() == 0:
             continue
-        new, scores, done = np.setdiff1d(wanted, rows), np.zeros(count), []        # a smaller part lies in the larger
-        rows, passes = np.concatenate([rows, new]), passes + len(alive) * len(new)
-        complete, after = len(rows) == len(images), max(keep, len(alive) // 2)
-        for members in own_subtrees(alive, net.groups):
-            for i, f in tree_features(net, images.packed[new], members, device, amp).items():
-                features[i] = torch.cat([features[i], f]) if i in features else f
-                scores[i] = loo_score(features[i][np.argsort(rows)], task, k) if complete else loo_votes(features[i], images.labels[rows], classes, k)
-            done += members
-            for i in sorted(done, key=lambda i: -scores[i])[after:]:               # what is out needs no memory
-                features.pop(i, None)
-        scores = add_up(scores, device)
-        alive.sort(key=lambda i: (-scores[i], i))
-        say(f"  {task.name}: {len(alive)} sub-nets on {len(rows):,} images, {'score' if complete else 'votes for the right class'}: best {scores[alive[0]]:.2f} %, median {np.median(scores[alive]):.2f} %")
-        if complete:
-            break
-        alive = sorted(alive[:after])
-    return np.where(np.isin(np.arange(count), alive), scores, np.nan), passes / (count * len(images))
-
-
-def search_centroid(features, content):
-    """Percent of images in the cluster of each sub-net, float64 (g^4,), from the largest network's features (N, D): no labels."""
-    if content["feature_mean"].shape != features.shape[1:] or content["centroids"].shape[1:] != features.shape[1:]:
-        raise InputError(f"{content.path}: its centroids are not those of this network")
-    f = F.normalize(F.normalize(features) - content["feature_mean"])
-    return 100 * np.bincount((f @ content["centroids"].T).argmax(1), minlength=len(content["centroids"])) / len(f)
-
-
-# ---------------------------------------------------------------------------- DATA: search over sizes
-
-@functools.cache
-def flops_of_sizes(net, size):
-    """A function: size -> FLOPs of its extracted network on one image of size x size, by torch's counter (two per
-    multiply-add; BatchNorm and ReLU are not counted).
-
-    A stage costs what its width and that of the stage before make it: the networks of widths x, y, x, y (eighths)
-    have every pair of them in every stage, and the counter counts each block."""
-    from torch.utils.flop_counter import FlopCounterMode
-    table, choices, config = {}, net.sizes(), net.config
-    eighths = sorted({e for _, e in choices[0]})
-    for x, y in itertools.product(eighths, repeat=2):
-        widths = [config["width"] * 2 ** s * e // 8 for s, e in enumerate((x, y, x, y))]
-        with torch.device("meta"):
-            plain, image = sdrnet.ResNet(config["arch"], widths, config["width"], config["small_stem"]).eval(), torch.empty(1, 3, size, size)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            plain(image)
-        count = {name: sum(operators.values()) for name, operators in counter.get_flop_counts().items()}
-        for s, (before, own) in enumerate(((8, x), (x, y), (y, x), (x, y))):
-            table[s, before, own] = np.cumsum([count[f"ResNet.layer{s + 1}.{i}"] for i in range(choices[s][-1][0])])
-    stem = count["ResNet.conv1"]
-    return lambda size: stem + sum(int(table[s, before, e][d - 1]) for s, (before, (d, e)) in enumerate(zip((8, *(e for _, e in size)), size)))
-
-
-def sizes_in_window(net, size, low, high, samples, seed):
-    """[(FLOPs, size)] of at most `samples` random sizes with low <= FLOPs <= high, fewest first. Raises InputError."""
-    flops = flops_of_sizes(net, size)
-    inside = [(f, s) for s in itertools.product(*net.sizes()) for f in [flops(s)] if low <= f <= high]
-    if not inside:
-        least, most = (flops(tuple(c[i] for c in net.sizes())) / 1e9 for i in (0, -1))
-        raise InputError(f"--budget-gflops {low / 1e9:g} {high / 1e9:g}: no network has so many; they have {least:.4g} to {most:.4g} GFLOPs at {size} px")
-    chosen = np.random.default_rng([seed, 5]).permutation(len(inside))[:samples]
-    return sorted(inside[i] for i in chosen)
-
-
-def measured(plain, pixels, device, batch=256):
-    """A plain network whose BatchNorm statistics are those of these images: the average over batches."""
-    parts = np.array_split(np.random.default_rng(0).permutation(len(pixels)), math.ceil(len(pixels) / batch))
-    update_bn((Signals.poll() or plain_input(pixels[torch.from_numpy(part)], device) for part in parts), plain.to(device, memory_format=torch.channels_last))
-    return plain.eval()
+        recall = hit.cumsum(0) / hit.sum()
+        precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
+        points = [precision[recall >= r - 1e-9].max().item() for r in np.linspace(0, 1, 11)]
+        precisions.append(np.mean(points))
+    return 100 * float(np.mean(precisions))
 
 
 @torch.no_grad()
-def plain_features(net, pixels, device, amp, batch=256):
-    """Features float32 (N, D) of a plain network, all on this process (`embed` would share the images out)."""
-    parts = []
-    for part in pixels.split(batch):
-        with autocast(device, amp):
-            parts.append(net(plain_input(part, device)).float().cpu())
-        Signals.poll()
-    return torch.cat(parts)
+def run_network(run, dataset, device, amp="auto", workers=0, batch=256):
+    """Features of a data set by many networks: {key: float32 (N, D)}, on this process alone.
+
+    run(images (B, 3, S, S)) -> pairs (key, features (B, D))."""
+    parts, shown = {}, time.time()
+    blocks = [range(a, min(a + batch, len(dataset))) for a in range(0, len(dataset), batch)]
+    for done, samples in enumerate(sdrnet.load_batches(dataset, blocks, workers)):
+        x = sdrnet.normalise(torch.stack(samples).to(device).float() / 255)
+        with sdrnet.autocast(device, amp):
+            for key, f in run(x):
+                parts.setdefault(key, []).append(f.float().cpu())
+        if time.time() - shown > 20:
+            shown = time.time()
+            print(f"  features: batch {done + 1} of {len(blocks)}", flush=True)
+    return {key: torch.cat(part) for key, part in parts.items()}
 
 
-def similarity(projector, f, f0, cut):
-    """Mean cosine of the embeddings of the same images: features f (N, d) of a size and f0 (N, D) of the largest network,
-    through the projector of the pre-training, normalised over these images; cut: the size's channels among the D."""
-    with torch.no_grad():
-        z, z0 = projector(f[:, None], cut, "collect")[:, 0], projector(f0, None, "collect")    # each process measures other sizes: no common statistics
-    return F.cosine_similarity(z, z0).mean().item()
+def task_features(net, task, device, amp="auto", workers=0):
+    """W_0's, or a plain network's, of a task's training and test images: (N, D), (M, D)."""
+    return [run_network(lambda x: [(None, net(x))], part, device, amp, workers)[None]
+            for part in (task.train, task.test)]
 
 
-def search_sizes(net, content, task, args, device):
-    """One task: samples sizes in the window, scores each without labels, prints the front, exports the best. Every
-    network's statistics are measured on the task's training images. Returns result.json's content."""
-    began, origin = time.time(), content["origin"]["config"]
-    projector = make_heads(origin["objective"], net.features, origin["layers"], origin["head"])[0]
-    projector.load_state_dict(content["heads"]["projector"])
-    inside = sizes_in_window(net, content["config"]["image_size"], *(g * 1e9 for g in args.budget_gflops), args.samples, args.seed)
-
-    def look(size):
-        plain = measured(net.extract(size), task.train.packed, device)
-        pair = [plain_features(plain, part.packed, device, args.amp) for part in (task.train, task.test)]
-        return plain, pair, loo_score(pair[0], task, args.k), knn_score(*pair, task, args.k)
-    _, whole, *largest = look(None)
-    table, shown = np.zeros((len(inside), 3)), began   # similarity, leave-one-out and test score of each
-    for i, (_, size) in enumerate(inside):
-        if i % world_size() == rank():
-            _, pair, *scores = look(size)
-            table[i] = similarity(projector, pair[0], whole[0], net.cut(net.features, [size[-1]])), *scores
-            shown = tell(f"  {task.name}: size {i + 1} of {len(inside)}, {time.time() - began:.0f} s", shown, i + world_size() >= len(inside))
-    table = add_up(table, device)
-    chosen, best = int(table[:, 0].argmax()), int(table[:, 2].argmax())
-    about = lambda i: {"size": inside[i][1], "gflops": inside[i][0] / 1e9, "similarity": table[i, 0], "train": table[i, 1], "test": table[i, 2]}
-    result = {"task": task.name, "metric": task.metric, "search": "sizes", "budget_gflops": args.budget_gflops, "chosen": about(chosen), "best": about(best),
-              "largest": {"gflops": flops_of_sizes(net, content["config"]["image_size"])(tuple(c[-1] for c in net.sizes())) / 1e9, "train": largest[0], "test": largest[1]},
-              "sampled": [about(i) for i in range(len(inside))], "gain": table[chosen, 2] - largest[1], "seconds": round(time.time() - began, 2)}
-    say(f"  the front: {'GFLOPs':>10} {'similarity':>11} {'leave-one-out':>14} {'test':>8}   (depth, eighths) of each stage")
-    for i in [i for i in range(len(inside)) if i == 0 or table[i, 0] > table[:i, 0].max()]:
-        say(f"  {inside[i][0] / 1e9:21.4f} {table[i, 0]:11.4f} {table[i, 1]:14.2f} {table[i, 2]:8.2f}   {inside[i][1]}" + ("  <- chosen" if i == chosen else ""))
-    say(f"  largest network {result['largest']['gflops']:5.4f} {1:11.4f} {largest[0]:14.2f} {largest[1]:8.2f}\n  best of the {len(inside)} sampled by test score: {table[best, 2]:.2f} %")
-    if rank() == 0:
-        plain, pair, *_ = look(inside[chosen][1])
-        if args.probe:
-            for name, features in (("chosen", pair), ("largest", whole)):
-                result[name]["probe"], result[name]["probe_decay"] = probe(*features, task)
-        folder = os.path.join(args.out, task.name, "sizes")             # beside what sub-nets gave
-        write_subnet(plain.cpu(), content, folder, task.name, {"size": [list(stage) for stage in inside[chosen][1]]}, args)
-        save_json(os.path.join(folder, "result.json"), result)
-    return result
+def knn_accuracy(train, test, task, k=20):
+    """(leave-one-out percent on the training images, percent on the test images) of features."""
+    votes = task.train_labels.clamp(min=0)
+    alone, shares = knn(train, votes, None, k), knn(train, votes, test, k)
+    return (measure(alone, task.train_labels, task.metric),
+            measure(shares, task.test_labels, task.metric))
 
 
-# ---------------------------------------------------------------------------- linear probe
+def score_all_paths(net, task, k, device, amp="auto", workers=0):
+    """Leave-one-out and test scores of all sub-nets, percent: two float32 (g^4,).
 
-def logistic_fit(x, y, decay, start=None, tolerance=1e-4, iterations=1000):
-    """Weights (D + 1, C) that minimise mean cross-entropy + decay/2 |W|^2 (the bias is free), by L-BFGS.
-
-    x: (N, D) float32. y: int64 (N,) for the softmax, or 0/1 (N, C) for C independent logistic regressions.
-    Ends when no gradient exceeds `tolerance` (scipy's pgtol, as in scikit-learn)."""
-    from scipy.optimize import minimize
-    n, d = x.shape
-    c = y.shape[1] if y.dim() > 1 else int(y.max()) + 1
-    target = y.float() if y.dim() > 1 else F.one_hot(y, c).float()
-
-    def objective(flat):                               # with its gradient: autograd makes it a fifth slower
-        Signals.poll()
-        w = torch.from_numpy(flat).float().view(d + 1, c)
-        logits = torch.addmm(w[d], x, w[:d])           # (N, C)
-        if y.dim() > 1:
-            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n
-            error = (torch.sigmoid(logits) - target) / n
-        else:
-            logp = torch.log_softmax(logits, 1)
-            loss = -(target * logp).sum() / n
-            error = (logp.exp() - target) / n
-        gradient = torch.cat([x.T @ error + decay * w[:d], error.sum(0, keepdim=True)])
-        return loss.item() + decay / 2 * w[:d].pow(2).sum().item(), gradient.double().flatten().numpy()
-    start = np.zeros((d + 1) * c) if start is None else start
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"gtol": tolerance, "ftol": 64 * np.finfo(float).eps, "maxiter": iterations, "maxls": 50})
-    return found.x.reshape(d + 1, c)
+    Run as a tree, the sub-trees of the first digit in turn: features of g^3 sub-nets at a time."""
+    scores, tests = np.zeros((2, net.groups ** sdrnet.STAGES), np.float32)
+    for digit in range(net.groups):
+        def subtree(x):
+            return net.tree(net.stage(0, net.stem(x), (digit,)), (digit,))
+        train = run_network(subtree, task.train, device, amp, workers)
+        test = run_network(subtree, task.test, device, amp, workers)
+        for path in train:
+            index = sdrnet.path_to_index(path, net.groups)
+            scores[index], tests[index] = knn_accuracy(train[path], test[path], task, k)
+    return scores, tests
 
 
-def probe(train, test, task):
-    """Linear probe: weight decay from a log grid by a stratified fifth of the training images held out, then refit on
-    all. Features are scaled to unit mean square. Returns (test percent in the task's metric, weight decay)."""
+def linear_probe(train, labels, test, decay):
+    """Logits (M, C) of test features by logistic regression on training features, multinomial, or
+    for labels (N, C) of 0 and 1 C binary ones: L-BFGS on mean cross-entropy + decay / 2 |W|^2."""
     scale = train.pow(2).mean().sqrt().clamp(min=1e-12)
-    x, z, y = train / scale, test / scale, task.train.labels
-    held = torch.zeros(len(y), dtype=torch.bool)
-    held[stratified(y, max(1, len(y) // 5))] = True
-    if not (~held).any() or (y.dim() == 1 and len(y[~held].unique()) < len(y.unique())):
-        held[:] = False                                # one image a class: nothing can be held out
-    predict = lambda w, q: q @ torch.from_numpy(w[:-1]).float() + torch.from_numpy(w[-1]).float()
-    grid, results, start = 10.0 ** np.arange(0, -7, -1.0), [], None
-    for decay in grid if held.any() else []:
-        w = logistic_fit(x[~held], y[~held], decay, start, 1e-3)
-        start = w.flatten()
-        results.append(score(predict(w, x[held]), y[held], task.metric))
-    decay = grid[int(np.argmax(results))] if results else 1e-3
-    return score(predict(logistic_fit(x, y, decay), z), task.test.labels, task.metric), float(decay)
+    x, z = train / scale, test / scale
+    classes = labels.shape[1] if labels.dim() > 1 else int(labels.max()) + 1
+    shape = (x.shape[1] + 1, classes)                  # the last row is the bias
+
+    def objective(flat):
+        w = torch.from_numpy(flat).float().view(shape).requires_grad_()
+        logits = x @ w[:-1] + w[-1]
+        if labels.dim() > 1:
+            error = F.binary_cross_entropy_with_logits(logits, labels.float()) * classes
+        else:
+            error = F.cross_entropy(logits, labels)
+        loss = error + decay / 2 * w[:-1].pow(2).sum()
+        loss.backward()
+        return loss.item(), w.grad.double().flatten().numpy()
+    found = minimize(objective, np.zeros(shape[0] * shape[1]), jac=True, method="L-BFGS-B",
+                     options={"maxiter": 1000, "gtol": 1e-4})
+    w = torch.from_numpy(found.x).float().view(shape)
+    return z @ w[:-1] + w[-1]
 
 
-# ---------------------------------------------------------------------------- what is shown and written
-
-def histogram(scores, chosen, largest, width=48, bins=12):
-    """A text histogram of the scores, with the chosen sub-net's and the largest network's bins marked."""
-    values = scores[np.isfinite(scores)]
-    low, high = min(values.min(), largest), max(values.max(), largest)
-    edges = np.linspace(low, high + 1e-9, bins + 1)
-    counts = np.histogram(values, edges)[0]
-    place = lambda v: min(bins - 1, int(np.searchsorted(edges, v, side="right")) - 1)
-    return "\n".join(f"  {edges[b]:6.2f} % |{'#' * math.ceil(width * n / counts.max()):<{width}} {n:4d}"
-                     + ("  <- chosen" if b == place(scores[chosen]) else "") + ("  <- largest network" if b == place(largest) else "") for b, n in enumerate(counts))
-
-
-def png(path, draw):
-    """A picture by matplotlib, drawn by draw(axes), if that is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        say(f"  (no {os.path.basename(path)}: matplotlib is not installed)")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    draw(axes)
-    axes.legend()
-    with sdrnet.whole(path) as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
+def probe_accuracy(train, test, task):
+    """Percent on the test images of a linear probe, whose decay a held-out fifth of the training
+    images has chosen from 1 to 1e-6. Returns it and the decay."""
+    labels, order = task.train_labels, np.random.default_rng(0).permutation(len(train))
+    held, rest = order[:len(order) // 5], order[len(order) // 5:]
+    votes = labels.clamp(min=0)
+    grid = [10.0 ** -power for power in range(7)]
+    scores = [measure(linear_probe(train[rest], votes[rest], train[held], decay),
+                      labels[held], task.metric) for decay in grid]
+    decay = grid[int(np.argmax(scores))]
+    return measure(linear_probe(train, votes, test, decay), task.test_labels, task.metric), decay
 
 
-def draw_histogram(axes, result, scores):
-    axes.hist(scores[np.isfinite(scores)], bins=24, color="#4477aa")
-    axes.axvline(result["chosen"]["train"], color="#cc3311", label=f"chosen sub-net {result['chosen']['index']}")
-    axes.axvline(result["largest"]["train"], color="black", linestyle="--", label="largest network")
-    axes.set(title=f"{result['task']}: {len(scores)} sub-nets".replace("$", r"\$"), xlabel=f"leave-one-out kNN on the training images, {result['metric']}, %", ylabel="sub-nets")
+# ------------------------------------------------------------------------------------ choice
+
+def choose(scores):
+    """The index of the best leave-one-out score, the first among equals; None where all are alike,
+    as with one training image a class: then nothing can be chosen."""
+    if scores.max() == scores.min():
+        return None
+    return int(scores.argmax())
 
 
-def draw_gains(axes, results, gains):
-    for n, (measure, values) in enumerate(gains.items()):
-        axes.barh(np.arange(len(results)) + 0.4 * n, values, 0.4, label=measure)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(np.arange(len(results)) + 0.2 * (len(gains) - 1), [r["task"].replace("$", r"\$") for r in results])
-    axes.invert_yaxis()
-    axes.set(title="routed sub-net, over the largest network", xlabel="points on the test images")
+def near_duplicates(train):
+    """Median over images of the cosine to the nearest other one, of centred features (N, D)."""
+    f = F.normalize(train - train.mean(0), dim=1)
+    similarity = f @ f.T
+    similarity.fill_diagonal_(-1)
+    return similarity.max(1).values.median().item()
 
 
-def export(plain, size, path):
-    """A torch.export file: loads with torch.export.load(path).module() where no class of ours exists."""
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(plain.float(), (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: batch},))
-    with sdrnet.whole(path) as file:
-        torch.export.save(program, file)
-
-
-def route(net, content, task, others, args, device):
-    """One task: search, report, files. others: {name: network} to compare with. Returns result.json's content."""
-    k, began = min(args.k, len(task.train) - 1), time.time()
-    if k < args.k:
-        say(f"  {task.name}: {len(task.train)} training images, so k shrinks from {args.k} to {k}")
-    base = {name: [embed(other, part, size=part.packed.shape[-1], device=device, amp=args.amp) for part in (task.train, task.test)] for name, other in others.items()}
-    search, extra = time.time(), {}
-    if args.search == "all":
-        choice, tests = scores, tests = search_all(net, task, device, args.amp, k)
-    elif args.search == "halving":
-        choice, extra["passes"] = search_halving(net, task, device, args.amp, k)
-        say(f"  halving did {100 * extra['passes']:.0f} % of the {net.groups ** 4} x {len(task.train)} image passes that scoring everything takes")
+def route_task(net, task, args, device):
+    """Scores, chooses, reports and writes one task. Returns result.json's content."""
+    folder = os.path.join(args.out, task.name)
+    os.makedirs(folder, exist_ok=True)
+    train, test = task_features(net, task, device, args.amp, args.workers)
+    score, test_score = knn_accuracy(train, test, task, args.k)
+    result = {"task": task.name, "metric": task.metric, "k": args.k, "temperature": 0.07,
+              "train_images": len(task.train), "test_images": len(task.test),
+              "classes": len(task.classes), "largest": {"score": score, "test": test_score}}
+    if near_duplicates(train) > 0.98:
+        print(f"{task.name}: warning: most training images have a near-duplicate among them, such "
+              "as frames of one film, so leave-one-out scores mean little")
+    scores, tests = score_all_paths(net, task, args.k, device, args.amp, args.workers)
+    index, path = choose(scores), None
+    result["mean"] = {"score": float(scores.mean()), "test": float(tests.mean())}
+    result["best_by_test"] = {"index": int(tests.argmax()), "test": float(tests.max())}
+    if index is None:
+        print(f"{task.name}: all sub-nets score alike, {scores[0]:.1f} %: none can be chosen, so "
+              "the largest network is taken")
+        result["chosen"] = {"index": None, "path": None, **result["largest"]}
     else:
-        choice = search_centroid(base["largest"][0], content)
-        extra["share_of_images"] = float(choice.max())
-        say(f"  {choice.max():.0f} % of the images, more than of any other, belong to cluster {int(choice.argmax())}")
-    extra["search_seconds"] = round(time.time() - search, 2)
-    chosen = int(np.nanargmax(choice))                 # ties: the lowest index
-    if args.search != "all":                           # of the chosen one alone what is to be reported
-        scores, tests = search_all(net, task, device, args.amp, k, [chosen])
-        scores = choice if args.search == "halving" else scores
-    result = {"task": task.name, "metric": task.metric, "search": args.search, "k": k, "temperature": 0.07,
-              "train_images": len(task.train), "test_images": len(task.test), "classes": len(task.train.classes), "scored": int(np.isfinite(scores).sum()), "chosen": {
-                  "index": chosen, "path": list(index_to_path(chosen, net.groups)), "train": float(scores[chosen]), "test": float(tests[chosen])},
-              **{name: {"train": loo_score(f[0], task, k), "test": knn_score(*f, task, k)} for name, f in base.items()}}
-    if args.search == "all":
-        result["mean"], best = {"train": float(scores.mean()), "test": float(tests.mean())}, int(tests.argmax())
-        result["best"] = {"index": best, "train": float(scores[best]), "test": float(tests[best])}
+        path = sdrnet.index_to_path(index, net.groups)
+        result["chosen"] = {"index": index, "path": list(path), "score": float(scores[index]),
+                            "test": float(tests[index])}
+    plain = net.extract(path)
     if args.probe:
-        pair = [tree_features(net, part.packed, [chosen], device, args.amp)[chosen] for part in (task.train, task.test)]
-        for name, (train, test) in {"chosen": pair, **base}.items():
-            result[name]["probe"], result[name]["probe_decay"] = probe(train, test, task)
-    result |= {"gain": result["chosen"]["test"] - result["largest"]["test"], "seconds": round(time.time() - began, 2), **extra}
-    report(result, scores, tests, net)
-    if rank() == 0:
-        write(net, content, result, scores, tests, args)
+        probed = task_features(plain, task, device, args.amp, args.workers)
+        for key, features in (("chosen", probed), ("largest", (train, test))):
+            result[key]["probe"], result[key]["probe_decay"] = probe_accuracy(*features, task)
+    result["origin"] = {"command": " ".join(sys.argv), "network": args.network}
+    save = sdrnet.save_file
+    save(os.path.join(folder, "scores.npy"), functools.partial(np.save, arr=scores))
+    save(os.path.join(folder, "test_scores.npy"), functools.partial(np.save, arr=tests))
+    sdrnet.save_checkpoint(os.path.join(folder, "subnet.pt"), {
+        "kind": "subnet", "config": plain.config, "image_size": args.image_size, "path": path,
+        "backbone": plain.state_dict(), "origin": result["origin"]})
+    text = json.dumps(result, indent=1)
+    save(os.path.join(folder, "result.json"), lambda file: file.write(text.encode()))
+    print_ranking(result, scores, tests, net.groups)
+    draw_story(result, task, args, os.path.join(folder, "story.png"))
+    plot_histogram(result, scores, os.path.join(folder, "histogram.png"))
     return result
 
 
-def report(result, scores, tests, net):
-    """A ranked table, the histogram, the gain."""
-    ranked, chosen = [i for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])], result["chosen"]["index"]
-    say(f"  {'rank':>4} {'sub-net':>8} {'path':>12} {'leave-one-out':>14} {'test':>8}   ({result['metric']}, %)")
-    for n, i in list(enumerate(ranked, 1))[:5]:
-        test = f"{tests[i]:8.2f}" if np.isfinite(tests[i]) else f"{'':8}"
-        say(f"  {n:4d} {i:8d} {str(index_to_path(i, net.groups)):>12} {scores[i]:14.2f} {test}" + ("  <- chosen" if i == chosen else ""))
-    for name in [n for n in ("largest", "simsiam", "mean") if n in result]:
-        say(f"  {'':4} {name:>21} {result[name]['train']:14.2f} {result[name]['test']:8.2f}")
-    if len(ranked) > 1:
-        say(histogram(scores, chosen, result["largest"]["train"]))
-    if "probe" in result["chosen"]:
-        say("  linear probe: " + ", ".join(f"{n} {result[n]['probe']:.2f} %" for n in ("chosen", "largest", "simsiam") if n in result))
-    say(f"  {result['task']}: sub-net {chosen} {result['chosen']['test']:.2f} % on test, {result['gain']:+.2f} over the largest network; {result['seconds']:.0f} s")
+def compare_only(net, task, args, device):
+    """A network without sub-nets: its accuracy, as the `chosen` and `largest` of a result."""
+    train, test = task_features(net, task, device, args.amp, args.workers)
+    score, test_score = knn_accuracy(train, test, task, args.k)
+    largest = {"score": score, "test": test_score}
+    if args.probe:
+        largest["probe"], largest["probe_decay"] = probe_accuracy(train, test, task)
+    return {"task": task.name, "metric": task.metric, "largest": largest}
 
 
-def write(net, content, result, scores, tests, args):
-    """The task's folder of files."""
-    path = lambda name: os.path.join(args.out, result["task"], name)
-    write_subnet(net.extract(result["chosen"]["path"]).cpu(), content, path(""), result["task"], {"index": result["chosen"]["index"]}, args)
-    save_array(path("scores.npy"), scores.astype(np.float32))
-    save_array(path("test_scores.npy"), tests.astype(np.float32))
-    if np.isfinite(scores).sum() > 1:
-        png(path("histogram.png"), lambda axes: draw_histogram(axes, result, scores))
-    if os.path.exists(path("cluster.png")):            # perhaps of another run
-        os.remove(path("cluster.png"))
-    if args.clusters_shown is not None:
-        images, clusters = args.clusters_shown
-        members = np.flatnonzero(clusters == result["chosen"]["index"])
-        members = np.random.default_rng(0).permutation(members)[:48]
-        contact_sheet(images, [members[a:a + 12] for a in range(0, len(members), 12)], path("cluster.png"))
-    save_json(path("result.json"), result)
+# ------------------------------------------------------------------------------------ what is shown
+
+def print_ranking(result, scores, tests, groups):
+    """The five best sub-nets of a task, by the score that chooses."""
+    print(f"{result['task']}: {result['classes']} classes, {result['train_images']:,} training and "
+          f"{result['test_images']:,} test images, kNN {result['metric']} in %")
+    print("   sub-net          path  leave-one-out   test")
+    for index in np.argsort(-scores, kind="stable")[:5]:
+        path = str(sdrnet.index_to_path(index, groups))
+        print(f"  {index:8d}  {path:>12}  {scores[index]:13.2f}  {tests[index]:5.2f}")
+    for name in ("largest", "mean"):
+        print(f"  {name:>22}  {result[name]['score']:13.2f}  {result[name]['test']:5.2f}")
 
 
-def write_subnet(plain, content, folder, task, which, args):
-    """subnet.pt of a plain network, and subnet.pt2 with --export, in the task's folder."""
-    path = lambda name: os.path.join(folder, name)
-    os.makedirs(folder, exist_ok=True)
-    out = sdrnet.checkpoint(plain, "subnet", origin={"checkpoint": args.checkpoint, "task": task, **which})
-    out["config"]["image_size"] = content["config"]["image_size"]
-    sdrnet.save(path("subnet.pt"), out)
-    if args.export:
-        export(plain, content["config"]["image_size"], path("subnet.pt2"))
-
-
-def summary(results, names, picture):
-    """One table of all tasks: test percent, the gain of the routed sub-net with a bar, the average, as in the paper."""
-    columns, gains = ["chosen"] + names, {}
-    for measure, title in (("test", "kNN"), ("probe", "linear probe")):
-        if measure not in results[0]["chosen"]:
+def print_summary(results):
+    """One table of all tasks: percent on test images, kNN and where there is one the probe."""
+    for key in ("test", "probe"):
+        if key not in results[0]["largest"]:
             continue
-        rows = np.array([[r[c][measure] for c in columns] for r in results])
-        gains[title] = gain = rows[:, 0] - rows[:, 1]
-        say(f"\n{title} on test images, %\n  {'task':<16} {'metric':<15}" + "".join(f"{('routed' if c == 'chosen' else c):>10}" for c in columns) + f"{'gain':>8}")
-        for task, metric, row, g in [(r["task"], r["metric"], *v) for r, *v in zip(results, rows, gain)] + [("average", "", rows.mean(0), gain.mean())]:
-            bar = "#" * round(12 * abs(g) / max(np.abs(gain).max(), 1e-9))
-            say(f"  {task:<16} {metric:<15}" + "".join(f"{v:10.2f}" for v in row) + f"{g:+8.2f}  " + (f"{bar:>12}|" if g < 0 else f"{'':12}|{bar}"))
-    if rank() == 0:
-        png(picture, lambda axes: draw_gains(axes, results, gains))
+        print(f"\n{'kNN' if key == 'test' else 'linear probe'} on the test images, %\n"
+              f"  {'task':<16} {'metric':<15} {'routed':>7} {'largest':>8} {'gain':>6}")
+        rows = []
+        for result in results:
+            pair = [result.get("chosen", result["largest"])[key], result["largest"][key]]
+            rows.append(pair)
+            print(f"  {result['task']:<16} {result['metric']:<15} {pair[0]:7.2f} {pair[1]:8.2f} "
+                  f"{pair[0] - pair[1]:+6.2f}")
+        routed, largest = np.mean(rows, axis=0)
+        print(f"  {'average':<32} {routed:7.2f} {largest:8.2f} {routed - largest:+6.2f}")
 
 
-def parse(argv=None):
-    parser = Parser(__doc__)
-    group = parser.add_argument_group("what")
-    group.add_argument("--checkpoint", help="sdrnet.pt, or datanet.pt with --budget-gflops; default: the one in --out")
-    group.add_argument("--task", action="append", help="toy, toy:WORLD, a folder, or one of the eleven by name; repeatable; default toy")
-    group.add_argument("--root", help="where torchvision's data sets lie")
-    group.add_argument("--download", action="store_true", help="let torchvision download what is missing")
-    group.add_argument("--simsiam", help="a simsiam.pt to compare with; default: the one in --out, if any; none")
-    group.add_argument("--data", help="the pre-training images, to show the chosen cluster; default: toy where the checkpoint is of toy")
-    group.add_argument("--clusters", help="clusters.npy, likewise; default: the one in --out")
-    group = parser.add_argument_group("how")
-    group.add_argument("--search", choices=("all", "halving", "centroid"), default="all")
-    group.add_argument("--budget-gflops", type=number(float, 0), nargs=2, metavar=("LO", "HI"), help="search sizes instead: DATA, see above")
-    group.add_argument("--samples", type=number(int, 1), default=40, help="sizes that --budget-gflops scores")
-    group.add_argument("--k", type=number(int, 1), default=20, help="neighbours that vote")
-    group.add_argument("--max-images", type=number(int, 2), default=5000, help="of a task's train and of its test part, each class alike")
-    group.add_argument("--probe", action="store_true", help="linear probe of what is chosen, the largest network and SimSiam")
-    group.add_argument("--export", action="store_true", help="write subnet.pt2 by torch.export")
-    group.add_argument("--workers", type=number(int, 0, 1024), default=min(8, CORES))
-    common_options(parser)
-    args = parser.parse_args(argv)
-    if args.budget_gflops and (args.search != "all" or args.simsiam not in (None, "none")):
-        raise InputError("--budget-gflops searches sizes; --search and --simsiam go with sub-nets")
-    if args.budget_gflops:
-        parser.idle(args, ("data", "clusters"), "with --budget-gflops")
-    else:
-        parser.idle(args, ("samples",), "without --budget-gflops")
-    return args
+def draw_story(result, task, args, path, columns=12, tile=64):
+    """A picture of the routing: the task's images, those its sub-net was trained on, scores."""
+    chosen, groups = result["chosen"], []
+    some = np.linspace(0, len(task.train) - 1, columns).astype(int)
+    groups.append((f"task {task.name}: {len(task.classes)} classes, {len(task.train):,} training "
+                   "images, such as", [task.train[int(i)] for i in some]))
+    pool = cluster_images(args, chosen["index"], 2 * columns)
+    if pool:
+        groups.append((f"routed to sub-net {chosen['index']}, path {tuple(chosen['path'])}, "
+                       "trained on a cluster of images, such as", pool))
+    gain = chosen["test"] - result["largest"]["test"]
+    groups.append((f"kNN on {result['test_images']:,} test images: {chosen['test']:.1f} %, the "
+                   f"largest network {result['largest']['test']:.1f} %: {gain:+.1f} points", []))
+    line, gap = 26, 3
+    heights = [line + -(-len(images) // columns) * (tile + gap) for _, images in groups]
+    sheet = Image.new("RGB", (columns * (tile + gap) + gap, sum(heights) + gap), "white")
+    draw, y = ImageDraw.Draw(sheet), 0
+    for (text, images), height in zip(groups, heights):
+        draw.text((gap, y + 5), text, fill="black", font=ImageFont.load_default(size=15))
+        for i, image in enumerate(images):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile))
+            place = (gap + i % columns * (tile + gap), y + line + i // columns * (tile + gap))
+            sheet.paste(picture, place)
+        y += height
+    sdrnet.save_file(path, functools.partial(sheet.save, format="PNG"))
 
 
-def shown_clusters(args, content):
-    """(images, clusters) behind the sub-nets, for pictures, where they are at hand; else None."""
-    config = content.get("origin", {}).get("config", {})
-    data, file = args.data or ("toy" if config.get("data") == "toy" else None), args.clusters or os.path.join(args.out, "clusters.npy")
-    if args.clusters and data is None:
-        raise InputError(f"--clusters {file} shows images: name them with --data")
-    if data is None or not args.clusters and not os.path.isfile(file):
-        return None
-    images = open_images(argparse.Namespace(data=data, root=args.root, download=False, subset=config.get("subset"), seed=config.get("seed", 0), max_bad=1.0, out=args.out))
+def cluster_images(args, index, count):
+    """Up to `count` images of a cluster, uint8 (3, S, S); none where the files are not there."""
+    files = [os.path.join(args.out, name) for name in ("clusters.npy", "images.txt")]
+    if index is None or not all(map(os.path.exists, files)) or not os.path.isdir(args.data):
+        return []
+    clusters, names = np.load(files[0]), sdrnet.load_names(files[1])
+    members = np.flatnonzero(clusters == index)
+    members = members[np.linspace(0, len(members) - 1, min(count, len(members))).astype(int)]
+    crop = functools.partial(sdrnet.center_crop, size=args.image_size)
+    images = sdrnet.Images(args.data, [names[i] for i in members], crop)
+    return [image for image in images if not isinstance(image, str)]
+
+
+def matplotlib_axes(path):
+    """(figure, axes) of matplotlib; None where it is not installed, which one line says."""
     try:
-        clusters = load_clusters(file, images)[0]
-    except InputError:                                 # of another run, left in --out?
-        if args.clusters:
-            raise
-        clusters = np.zeros(0)
-    if hashlib.sha256(clusters.tobytes()).hexdigest() != config.get("clusters_sha256"):
-        say(f"{file} is not what {args.checkpoint} was trained on: no cluster.png")
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path}: pip install matplotlib")
         return None
-    return images, clusters
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    return figure, figure.subplots()
+
+
+def plot_histogram(result, scores, path):
+    """How many sub-nets score what on a task (the paper's claim that they differ)."""
+    plot = matplotlib_axes(path)
+    if plot is None:
+        return
+    figure, axes = plot
+    axes.hist(scores, bins=24, color="#88aacc")
+    axes.axvline(result["chosen"]["score"], color="#aa3311", label="chosen")
+    axes.axvline(result["largest"]["score"], color="black", linestyle="--", label="largest network")
+    axes.set_xlabel(f"leave-one-out kNN on training images, {result['metric']}, %")
+    axes.set_ylabel("sub-nets")
+    axes.set_title(f"{result['task']}: {len(scores)} sub-nets")
+    figure.legend(loc="outside right upper")
+    sdrnet.save_file(path, functools.partial(figure.savefig, format="png", dpi=120))
+
+
+def plot_gains(results, path):
+    """Each task's gain over the largest network."""
+    plot = matplotlib_axes(path)
+    if plot is None:
+        return
+    figure, axes = plot
+    gains = [result["chosen"]["test"] - result["largest"]["test"] for result in results]
+    axes.barh([result["task"] for result in results], gains, color="#88aacc")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("routed sub-net over the largest network, points of kNN on test images")
+    sdrnet.save_file(path, functools.partial(figure.savefig, format="png", dpi=120))
+
+
+# ------------------------------------------------------------------------------------ command
+
+def build_parser():
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
+    group = parser.add_argument_group("files")
+    group.add_argument("--task", action="append", help="a folder with train/ and test/, or a name; "
+                       "may be repeated; default: all folders of runs/toy/tasks")
+    group.add_argument("--out", default="runs/toy", help="folder of the run's files: runs/toy")
+    group.add_argument("--network", help="checkpoint to score; default: <out>/sdrnet.pt")
+    group.add_argument("--data", default="runs/toy/images",
+                       help="the images that it was trained on, for story.png: runs/toy/images")
+    group.add_argument("--root", help="folder of torchvision's data sets")
+    group.add_argument("--download", action="store_true", help="let torchvision fetch them")
+    group = parser.add_argument_group("scoring")
+    group.add_argument("--k", type=sdrnet.number(int, 1), default=20, help="votes of kNN: 20")
+    group.add_argument("--max-train", type=sdrnet.number(int, 2), default=5000,
+                       help="training images of a task that are used, each class alike: 5000")
+    group.add_argument("--probe", action="store_true", help="also a linear probe of what is chosen")
+    group = parser.add_argument_group("run")
+    group.add_argument("--workers", type=sdrnet.number(int, 0), default=min(8, os.cpu_count()),
+                       help="processes that read images; 0: this one does")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                       help="auto: cuda where there is one")
+    group.add_argument("--amp", choices=("auto", "off"), default="auto",
+                       help="auto: bf16 where the hardware has it")
+    return parser
+
+
+def run(args):
+    """The command, from the options on."""
+    device = sdrnet.setup(args.device)
+    args.network = args.network or os.path.join(args.out, "sdrnet.pt")
+    net = sdrnet.load_network(args.network).to(device)
+    args.image_size = sdrnet.load_checkpoint(args.network)["image_size"]
+    if not args.task:
+        folder = os.path.join(sdrnet.toy_folder(), "tasks")
+        args.task = sorted(entry.path for entry in os.scandir(folder))
+    tasks = [open_task(name, args.image_size, args.root, args.download) for name in args.task]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise InputError(f"--task: two are named {max(names, key=names.count)}, and each gets a "
+                         "folder of its name in --out: rename one")
+    has_subnets = isinstance(net, sdrnet.SDRNet) and net.prefix_statistics()
+    score = route_task if has_subnets else compare_only
+    mine = tasks[sdrnet.rank()::sdrnet.world_size()]
+    results = [score(net, limit_training(task, args.max_train), args, device) for task in mine]
+    if sdrnet.world_size() > 1:
+        parts = [None] * sdrnet.world_size()
+        dist.all_gather_object(parts, results)
+        results = sorted((r for part in parts for r in part), key=lambda r: names.index(r["task"]))
+        dist.destroy_process_group()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_summary(results)
+        if has_subnets:
+            plot_gains(results, os.path.join(args.out, "gains.png"))
 
 
 def main():
-    args = parse()
-    device = start(args)
-    args.checkpoint = args.checkpoint or os.path.join(args.out, "datanet.pt" if args.budget_gflops else "sdrnet.pt")
-    content = sdrnet.load(args.checkpoint, None if args.budget_gflops else ("sdrnet",))
-    if args.budget_gflops and content["kind"] != "datanet":
-        raise InputError(f"{args.checkpoint} was trained without sizes: pretrain.py --sizes 1,4 makes a datanet.pt to search")
-    size = content["config"]["image_size"]
-    net = sdrnet.network(content, args.checkpoint).to(device, memory_format=torch.channels_last)
-    others = {"largest": net}
-    simsiam = args.simsiam or os.path.join(args.out, "simsiam.pt")
-    if args.simsiam != "none" and (args.simsiam or os.path.exists(simsiam)):
-        others["simsiam"] = sdrnet.load_network(simsiam, ("simsiam",)).to(device, memory_format=torch.channels_last)
-    tasks = []
-    for name in args.task or ["toy"]:
-        named = named_task(name, args.root, args.download)
-        tasks += [named] if named else open_tasks([name], content.get("origin", {}).get("config", {}).get("seed", 0))
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise InputError(f"two tasks are named {max(names, key=names.count)}, and each gets a folder of its name in --out: rename one")
-    if args.budget_gflops:
-        sizes_in_window(net, size, *(g * 1e9 for g in args.budget_gflops), 1, 0)       # a window without a network ends here
-        say(f"{args.checkpoint}: sizes of {net.config['arch']} width {net.config['width']} within {args.budget_gflops} GFLOPs; {len(tasks)} task(s)")
-        return summary([search_sizes(net, content, decoded(task, size, args.max_images, args.workers), args, device) for task in tasks], ["largest"], os.path.join(args.out, "gain_sizes.png"))
-    args.clusters_shown = shown_clusters(args, content)
-    say(f"{args.checkpoint}: {net.groups ** 4} sub-nets of {net.config['arch']} width {net.config['width']}; {len(tasks)} task(s), --search {args.search}")
-    results = []
-    for task in tasks:
-        say(f"{task.name}: {len(task.train.classes)} classes, {len(task.train):,} training and {len(task.test):,} test images")
-        results.append(route(net, content, decoded(task, size, args.max_images, args.workers), others, args, device))
-    summary(results, list(others), os.path.join(args.out, "gain.png"))
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        run(args)
+    except InputError as error:
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":
-    run(main, "route.py")
+    main()

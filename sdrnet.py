@@ -1,710 +1,855 @@
-"""sdrnet.py - the SDRnet: one ResNet that holds g^4 sub-nets, a path each (SDR, AAAI 2022, arXiv 2205.13267).
+"""sdrnet.py - the SDRnet: one ResNet that holds g^4 sub-nets, a path each (SDR, AAAI 2022).
 
-A stage ("SDR block") has its C channels split into a shared group and g individual groups.
+A stage ("SDR block") has its C channels split into a shared part and g individual groups.
 A path picks ONE individual group in every stage; any group may follow any other:
 
-              stage 1              stage 2              stage 3              stage 4
+              stage 0              stage 1              stage 2              stage 3
     stem ──┬─ shared ─────────┬─── shared ─────────┬─── shared ─────────┬─── shared ──┐
-           ├─ group 0         ├─── group 0 ◀       ├─── group 0         ├─── group 0  ├─ pool ─ f
+           ├─ group 0         ├─── group 0 ◀       ├─── group 0         ├─── group 0  ├─ pool ── f
            └─ group 1 ◀       └─── group 1         └─── group 1 ◀       └─── group 1 ◀┘
 
 The marked path is (1, 0, 1, 1): with g = 2 its index is the binary number 1011 = 11 of 2^4 = 16.
-W_i (paper) = the shared and the marked groups, sub-net i. W_0 (paper) = everything, the largest network,
-which is a standard ResNet: its weights carry torchvision's names and load into torchvision's models.
+W_i (paper) = the shared parts and the marked groups: sub-net i. W_0 = everything, the largest
+network, a standard ResNet: its weights carry torchvision's names and load into its models.
 
-Widths: of C channels each group has floor(C * (1 - shared) / g), the shared part is the rest;
-channels lie [shared | group 0 | ... | group g-1]. With shared = 1/2:
+    C = 64, shared 1/2       [ shared | group 0 | group 1 | ... ]     a sub-net's width
+        g = 1                     32       32                              64
+        g = 2                     32       16        16                    48 = 0.750 C
+        g = 4                     32        8         8    8   8           40 = 0.625 C
 
-    stage of ResNet-18, width 64   C     g = 1        g = 2       g = 4      sub-net with g = 4
-    layer1                         64    32 + 1x32    32 + 2x16   32 + 4x8    40 = 0.625 C
-    layer2                        128    64 + 1x64    64 + 2x32   64 + 4x16   80
-    layer3                        256    128 + ...    128 + ...   128 + 4x32 160
-    layer4                        512    256 + ...    256 + ...   256 + 4x64 320
-A ResNet-50 splits `width` like this, and every other width, inner or output, in proportion.
-The stem keeps its full width and is common to all paths. Where ResNet-18/34's first shortcut has no
-projection, it selects the path's channels; in an extracted sub-net this is a 1x1 convolution of zeros and ones.
+The stem is common to all paths. A path may hold None: that stage keeps its full width.
 
-BatchNorm: scale and shift exist once and are sliced as weights are. In training each stream (the largest
-network's batch; each sub-net's batch) is normalised by its own statistics over all processes. For inference,
-statistics belong to the PREFIX of a path: stage s has g^s sets, so that all sub-nets can be run as a tree
-(`walk`), each prefix once. They are measured after training (`collect`, then `finish_statistics`).
+BatchNorm: in training a batch is normalised by its own statistics over all processes. Those for
+inference belong to the PREFIX of a path: stage s holds g^(s+1) sets, so that all sub-nets can be
+run as a tree, each prefix once. `recalibrate_bn` measures them after training.
 
-Sizes (DATA, CVPR 2022) are the other way to share weights: with sizes=(d, e) the network holds, in place of paths,
-nested networks of many sizes. A size is a (depth, eighths) per stage: the first `depth` blocks and the first `eighths`/8
-of the channels, from (d, e) to everything. It goes wherever a path goes: net(images, size), net.extract(size). Its
-statistics for inference are slices of the largest network's, which do not suit it: measure an extracted one's anew.
+SDR in your own loop:
 
-    net = SDRNet("resnet18", width=64, groups=4)      # 256 sub-nets
-    f0 = net(images)                                  # (B, 512) the largest network
-    fi = net(images, path=(1, 0, 3, 2))               # (B, 320) one sub-net
-    plain = net.extract((1, 0, 3, 2))                 # ResNet of plain torch layers, the same outputs
-    for index, f in net.walk(images): ...             # all of them
+    import torch
+    from sdrnet import SDRNet, recalibrate_bn
+    net = SDRNet("resnet18", width=16, groups=2)           # 16 sub-nets
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for step in range(4):
+        everything, of_a_cluster = torch.randn(2, 64, 3, 32, 32)
+        f_0 = net(everything)                              # (64, 128): W_0
+        f_i = net(of_a_cluster, (1, 0, 1, 1))              # (64, 96): W_11
+        loss = f_0.var() + f_i.var()                       # here stands your loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images_of = lambda prefix: [torch.randn(64, 3, 32, 32)]    # that suit this prefix
+    recalibrate_bn(net, images_of)
+    for path, f in net.tree(torch.randn(5, 3, 32, 32)):    # all sub-nets
+        print(path, f.shape)
+    plain = net.extract((1, 0, 1, 1))                      # torchvision's ResNet, equal outputs
 
-This file is also all one needs to load a checkpoint elsewhere: `load_network("subnet.pt")`.
+As a script: features of any folder by any checkpoint of ours, float32 (N, D), and beside them
+features.txt, the name of each row:
+
+    python sdrnet.py runs/toy/simsiam.pt photos/ features.npy
+    python sdrnet.py runs/toy/sdrnet.pt photos/ features.npy --path 0,1,1,0
+
+Not known from the paper, so chosen here: the widths of the groups, the stem, BatchNorm.
 """
+import argparse
 import functools
+import itertools
 import os
-import zipfile
-from contextlib import contextmanager
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.transforms.v2 import functional as T
 
-FORMAT = 1                                            # of checkpoints; raised when old files no longer load
-ARCHS = {"resnet18": (False, (2, 2, 2, 2)), "resnet34": (False, (3, 4, 6, 3)), "resnet50": (True, (3, 4, 6, 3))}
 STAGES = 4
+ARCHS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used. The message says what, which file, what to do; scripts print it
-    as one line and exit with status 2."""
-
-
-class OwnError(InputError):
-    """Bad input that one process alone has met, which then says so. reason: without the file's name."""
-    reason = ""
-
-
-# ---------------------------------------------------------------------------- paths
+# ------------------------------------------------------------------------------------ paths
 
 def path_to_index(path, groups):
-    """(d1, d2, d3, d4) -> d1*g^3 + d2*g^2 + d3*g + d4: the path's digits in base g, first stage first."""
-    path = tuple(int(d) for d in path)
-    if len(path) != STAGES or not all(0 <= d < groups for d in path):
-        raise InputError(f"path {path} is not one of this network: it takes {STAGES} digits from 0 to {groups - 1}")
-    return prefix_slot(path, groups)
+    """The digits of a path, or of the beginning of one, in base g, first stage first.
+
+    path_to_index((1, 0, 1, 1), 2) is 11. Raises ValueError where a digit is not in 0 .. g-1."""
+    index = 0
+    for digit in path:
+        if not 0 <= digit < groups:
+            raise ValueError(f"path {tuple(path)}: each digit must lie in 0 .. {groups - 1}")
+        index = index * groups + int(digit)
+    return index
 
 
-def index_to_path(index, groups):
-    """The inverse of path_to_index."""
-    if not 0 <= int(index) < groups ** STAGES:
-        raise InputError(f"sub-net {index} does not exist: {groups} groups give sub-nets 0 to {groups ** STAGES - 1}")
-    return tuple(int(index) // groups ** (STAGES - 1 - s) % groups for s in range(STAGES))
+def index_to_path(index, groups, length=4):
+    """The inverse of path_to_index: `length` digits. Raises ValueError for any other index."""
+    if not 0 <= index < groups ** length:
+        raise ValueError(f"sub-net {index}: there are 0 to {groups ** length - 1}")
+    return tuple(int(index) // groups ** (length - 1 - s) % groups for s in range(length))
 
 
-def prefix_slot(prefix, groups):
-    """The row of a stage's statistics that belongs to a prefix: its digits read in base g."""
-    return functools.reduce(lambda slot, d: slot * groups + d, prefix, 0)
+# ------------------------------------------------------------------------------------ running
+
+def number(kind, least, most=float("inf")):
+    """A type for argparse: a number, kind int or float, from `least` to `most`; nan is none."""
+    def read(text):
+        value = kind(text)
+        if not least <= value <= most or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least:g} to {most:g}")
+        return value
+    read.__name__ = kind.__name__                      # argparse says "invalid int value"
+    return read
 
 
-# ---------------------------------------------------------------------------- slicing
-# A cut says which channels m paths use: None for all of them (the largest network), or (shared, group, digits): channels
-# [0, shared) and, for a path with digit d, [shared + d * group, shared + (d + 1) * group).
-# Paths that run together lie side by side: activations are (B, m * C', H, W), weights (m * O', I', k, k), and the
-# convolution has m groups. So a layer is ONE convolution and ONE BatchNorm whatever m is, and every channel's
-# statistics are its own path's.
-
-@functools.lru_cache(4096)
-def _channels(cut, device):
-    """The channels of each path, int64 (m, C')."""
-    shared, group, digits = cut
-    at = shared + torch.tensor(digits)[:, None] * group + torch.arange(group)
-    return torch.cat([torch.arange(shared).expand(len(digits), -1), at], 1).to(device)
+class InputError(Exception):
+    """What the user gave cannot be used. The message is the line: what, which file, what to do."""
 
 
-def _blocks(tensor, out, inp, p):
-    """Pairs of index tuples (in the slice of path p, in the whole): the at most four blocks that a slice of a weight is
-    made of. The first is what all paths have in common."""
-    def runs(cut, size):
-        if cut is None:
-            return [(slice(0, size), slice(0, size))]
-        shared, group, digits = cut
-        at = shared + digits[p] * group
-        return [(slice(0, shared), slice(0, shared)), (slice(shared, shared + group), slice(at, at + group))]
-    columns = runs(inp, tensor.shape[1])
-    return [((to, to2), (frm, frm2)) for to, frm in runs(out, tensor.shape[0]) for to2, frm2 in columns]
+def rank():
+    """This process's number; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
-
-def take(tensor, out=None, inp=None):
-    """The parts of a weight (O, I, ...) or vector (O,) that m paths use, as a dense copy (m, O', I', ...) or (m, O')."""
-    if tensor.dim() == 1:
-        return tensor[_channels(out, tensor.device)]
-    m = len((out or inp)[2])
-    shape = [m] + [size if cut is None else cut[0] + cut[1] for size, cut in zip(tensor.shape, (out, inp))] + list(tensor.shape[2:])
-    if tensor.dim() == 4:                              # channels last, as convolutions like it
-        part = tensor.new_empty([shape[i] for i in (0, 1, 3, 4, 2)]).permute(0, 1, 4, 2, 3)
-    else:
-        part = tensor.new_empty(shape)
-    for p in range(m):
-        for to, frm in _blocks(tensor, out, inp, p):
-            part[(p, *to)] = tensor[frm]
-    return part
-
-
-class Cut(torch.autograd.Function):
-    """`take` with a gradient: backward adds those of all paths into ONE tensor, in order, in the weight's own precision,
-    the same on every run. Without shared_grad the block that all paths have in common gets none."""
-
-    @staticmethod
-    def forward(ctx, weight, dtype, out, inp, shared_grad):
-        ctx.save_for_backward(weight)
-        ctx.cuts, ctx.skip = (out, inp), 0 if shared_grad else 1
-        return take(weight.to(dtype), out, inp)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, = ctx.saved_tensors
-        total, (out, inp) = torch.zeros_like(weight), ctx.cuts
-        if weight.dim() == 1:
-            first = out[0] * ctx.skip
-            total.index_add_(0, _channels(out, weight.device)[:, first:].flatten(), grad[:, first:].flatten())
-            return total, None, None, None, None
-        for p, part in enumerate(grad.to(weight.dtype)):
-            for to, frm in _blocks(weight, out, inp, p)[ctx.skip:]:
-                total[frm] += part[to]
-        return total, None, None, None, None
-
-
-def cut_weight(weight, out, inp=None, shared_grad=True):
-    """A parameter sliced for m paths, (m, ...). A whole one is returned as it is, so that autocast can cache its cast."""
-    if out is None and inp is None:
-        return weight
-    device = weight.device.type
-    lower = weight.dim() > 1 and torch.is_autocast_enabled(device)
-    return Cut.apply(weight, torch.get_autocast_dtype(device) if lower else weight.dtype, out, inp, shared_grad)
-
-
-# ---------------------------------------------------------------------------- BatchNorm
 
 def world_size():
-    """The number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def add_up(tensor):
-    """The sum of a tensor over all processes, in place."""
+def print0(*words):
+    """print, on process 0 only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+CAUGHT = []                                            # those that came
+
+
+def setup(device="auto", seed=0):
+    """Device, process group (as torchrun's environment says), signals, seed; returns the device.
+
+    Raises InputError where CUDA is asked for and there is none."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: CAUGHT.append(number))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device here")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    return torch.device(device)
+
+
+def on_any(*flags):
+    """For each flag whether it is set on any process, a list of bools: one small all-reduce."""
+    table = torch.tensor([float(flag) for flag in flags])
     if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+        table = table.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(table)
+    return (table > 0).tolist()
 
 
-def moments(x):
-    """Mean and (biased) variance of each channel of x (B, C) or (B, C, H, W), at least in fp32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(wide, [d for d in range(x.dim()) if d != 1], correction=0)
-    return mean, var
+def stop_requested():
+    """Whether SIGTERM, SIGINT or SIGHUP has come, to any process: save, then exit."""
+    return on_any(bool(CAUGHT))[0]
 
 
-class SyncedNorm(torch.autograd.Function):
-    """Batch normalisation by the statistics over ALL processes: one all-reduce forward and one backward, with gloo on
-    CPU as with NCCL. (torch.nn.SyncBatchNorm needs CUDA.)
+@functools.cache
+def has_bf16(kind):
+    """Whether this machine's "cpu" or "cuda" computes in bf16; emulated it would be slow."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not os.path.exists("/proc/cpuinfo"):
+        return False
+    with open("/proc/cpuinfo") as file:
+        flags = file.read()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
-    Rank r has n_r values of a channel, of mean m_r and variance v_r:
-        N = sum n_r,    m = sum n_r m_r / N,    v = sum n_r (v_r + (m_r - m)^2) / N
-    y = w (x - m) / s + b with s = sqrt(v + eps), and m, v depend on every x:
-        dx = w/s (dy - mean(dy) - xhat mean(dy xhat)), the means being over all processes.
-    """
+
+def autocast(device, amp="auto"):
+    """bf16 autocast where the hardware has it and amp is "auto", else nothing: a context."""
+    if amp == "auto" and has_bf16(device.type):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def toy_folder():
+    """runs/toy, whose images process 0 has tests/toy.py draw where they are missing.
+
+    Raises InputError where tests/toy.py is not beside this file, or fails."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy.py")
+    if rank() == 0 and not os.path.isdir("runs/toy/images"):
+        if not os.path.exists(script):
+            raise InputError(f"no --data was given, and no {script} is there to draw toy images")
+        print0("drawing toy images into runs/toy")
+        if subprocess.run([sys.executable, script, "--out", "runs/toy"]).returncode:
+            raise InputError(f"{script} could not draw toy images into runs/toy")
+    if world_size() > 1:
+        dist.barrier()
+    return "runs/toy"
+
+
+# ------------------------------------------------------------------------------------ BatchNorm
+
+class AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all processes; the gradients of all flow back to each."""
 
     @staticmethod
-    def forward(ctx, eps, x, weight, bias):
-        """x: (B, C, ...); scale and shift: (C,) or None. Returns the output, and mean and variance (C,)."""
-        mean, var = moments(x)
-        local = torch.cat([mean.new_tensor([x.numel() // x.shape[1]]), mean, var])
-        table = local.new_zeros(world_size(), local.numel())
-        table[dist.get_rank() if world_size() > 1 else 0] = local     # each rank fills its own row: the sum is an exact gather
-        n, m, v = add_up(table).split([1, x.shape[1], x.shape[1]], 1)  # (ranks, 1), (ranks, C), (ranks, C)
-        mean = (n * m).sum(0) / n.sum()
-        var = (n * (v + (m - mean) ** 2)).sum(0) / n.sum()
-        ctx.eps, ctx.total, ctx.affine = eps, n.sum(), weight is not None
-        ctx.save_for_backward(x, mean, var, weight if ctx.affine else torch.ones_like(mean))
-        ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var
+    def forward(ctx, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
-    def backward(ctx, dy, *_):
-        x, mean, var, weight = ctx.saved_tensors
-        _, dw, db = torch.ops.aten.native_batch_norm_backward(         # sum(dy xhat), sum(dy) over this process
-            dy, x, torch.ones_like(mean), mean, var, None, None, False, ctx.eps, [False, True, True])
-        sum_w, sum_b = add_up(torch.stack([dw, db]))
-        inv = torch.rsqrt(var + ctx.eps)
-        scale = weight * inv                           # dx = scale dy + slope x + shift, channel by channel
-        slope = -scale * inv * sum_w / ctx.total
-        shift = -scale * sum_b / ctx.total - slope * mean
-        view = [1, -1] + [1] * (x.dim() - 2)
-        dx = (dy * scale.view(view) + x * slope.view(view) + shift.view(view)).to(x.dtype)
-        # Scale and shift get this process's share: DDP averages the gradients of parameters itself.
-        return (None, dx, dw, db) if ctx.affine else (None, dx, None, None)
+    def backward(ctx, gradient):
+        return AllReduce.apply(gradient.contiguous())
+
+
+def sync_moments(x):
+    """Mean m and (biased) variance v of each channel of x (B, C, ...) over all processes.
+
+    Process r has n_r values of mean m_r and variance v_r:   N = sum n_r,   m = sum n_r m_r / N,
+    v = sum n_r (v_r + (m_r - m)^2) / N.   Returns m (C,), v (C,), N, with gradient."""
+    v_r, m_r = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+    n_r = m_r.new_full((1,), x.numel() / x.shape[1])
+    table = n_r.new_zeros(world_size(), 1 + 2 * x.shape[1])
+    table[rank()] = torch.cat([n_r, m_r, v_r])         # so that the sum holds every process's row
+    n, m, v = AllReduce.apply(table).split([1, x.shape[1], x.shape[1]], dim=1)
+    mean = (n * m).sum(0) / n.sum()
+    var = (n * (v + (m - mean) ** 2)).sum(0) / n.sum()
+    return mean, var, n.sum()
+
+
+def batch_norm(x, weight, bias, eps):
+    """x (B, C, ...) normalised by its batch over all processes, in fp32 at least.
+
+    weight, bias: (C,) or None. Returns y like x, and the batch's mean and unbiased variance (C,).
+    On one process torch's kernel does it; torch.nn.SyncBatchNorm refuses CPU tensors."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if world_size() == 1:
+        mean = torch.zeros(x.shape[1], dtype=wide, device=x.device)
+        var = torch.ones_like(mean)                    # momentum 1: the batch's are written there
+        return F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps), mean, var
+    mean, var, n = sync_moments(x.to(wide))
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    if bias is not None:
+        shift = shift + bias
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    y = x * scale.view(shape) + shift.view(shape)
+    return y.to(x.dtype), mean, var * n / (n - 1)
+
+
+def slice_weight(weight, out=None, inp=None):
+    """The part of a weight (O, I, ...) or vector (O,) that a path uses.
+
+    out, inp: which of O and I, int64 indices, None for all. Gradients flow to that part alone."""
+    if out is not None:
+        weight = weight.index_select(0, out)
+    if inp is not None:
+        weight = weight.index_select(1, inp)
+    return weight
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm of the largest network or of m paths side by side, for (B, C) and (B, C, H, W). Its state dict is
-    torch's own; the statistics of prefixes (path_mean, path_var, each (g^s, C of a sub-net)) are saved apart.
+    """BatchNorm of the largest network or of a path, for (B, C) and (B, C, H, W): in training by
+    the batch over all processes, else by the statistics kept. The state dict is torch's own; the
+    statistics of prefixes, a row each, lie in prefix_mean and prefix_var, (rows, C'), or None."""
 
-    Modes: "batch"    by the batch, over all processes; what training uses
-           "last"     by the largest network's most recent batch, without gradient: how it sees other images now
-           "collect"  by this process's batch, whose moments are added up for `finish`
-           "saved"    by the statistics kept for inference
-    """
-    shared_grad = True
+    def __init__(self, channels, **options):
+        super().__init__(channels, **options)
+        self.register_buffer("prefix_mean", None, persistent=False)
+        self.register_buffer("prefix_var", None, persistent=False)
 
-    def __init__(self, channels, affine=True, groups=None):
-        super().__init__(channels, affine=affine)
-        if groups is not None:                         # (sets of statistics, width of a sub-net)
-            self.register_buffer("path_mean", torch.zeros(groups), persistent=False)
-            self.register_buffer("path_var", torch.ones(groups), persistent=False)
-        self.last, self.sums = None, None
-
-    def scale_and_shift(self, cut=None, m=None):
-        """Both (C,), or of m paths side by side (m * C',): sliced by `cut`, or where there is none repeated."""
-        if cut is None:
-            return [p if m is None or p is None else p.repeat(m) for p in (self.weight, self.bias)]
-        return [cut_weight(p, cut, None, self.shared_grad).flatten() for p in (self.weight, self.bias)]
-
-    def statistics(self, cut=None, slots=None, mode="saved"):
-        """(mean, variance) that do not depend on the batch: of the largest network (slots None), sliced for a size, or of
-        prefixes' slots."""
-        if mode == "last":
-            return self.last
-        both = (self.running_mean, self.running_var) if slots is None else (self.path_mean[slots].flatten(), self.path_var[slots].flatten())
-        return both if slots is not None or cut is None else tuple(take(s, cut).flatten() for s in both)
-
-    def forward(self, x, cut=None, slots=None, mode="batch", m=None):
-        """x: (B, C, ...) of the largest network, or (B, m * C', ...) of m paths whose channels are `cut` (None: all) and
-        whose rows of statistics are `slots`."""
-        weight, bias = self.scale_and_shift(cut, m)
-        if mode == "batch":
-            return self._batch(x, weight, bias, largest=cut is None and m is None)
-        mean, var = self._collect(x, slots) if mode == "collect" else self.statistics(cut, slots, mode)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-
-    def _batch(self, x, weight, bias, largest):
-        # torch's own kernel is quicker, but on CPU in fp32 its variance is good to 1e-5 only (seen with torch 2.15),
-        # which shows as another loss on 1 process than on 2; in bf16 that does not matter.
-        if world_size() > 1 or x.device.type == "cpu" and x.dtype == torch.float32:
-            y, mean, var = SyncedNorm.apply(self.eps, x, weight, bias)
-        else:                                          # momentum 1 makes torch write this batch's moments there
-            mean, var = (torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)) if largest else (None, None)
-            y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, self.eps)
-            n = x.numel() // x.shape[1]
-            var = var * ((n - 1) / n) if largest else None
-        if largest:                                    # and a running average, for monitoring while training
-            self.last = mean, var
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var, self.momentum)
+    def forward(self, x, out=None, row=None, track=True):
+        """x: (B, C', ...), the channels `out` of C, None for all. row: the prefix whose statistics
+        count, None for W_0's. track: whether they follow this batch (momentum None: average)."""
+        weight = slice_weight(self.weight, out) if self.affine else None
+        bias = slice_weight(self.bias, out) if self.affine else None
+        if self.track_running_stats and not self.training:
+            mean, var = self.statistics(out, row)
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        y, mean, var = batch_norm(x, weight, bias, self.eps)
+        if self.track_running_stats and track:
+            self.num_batches_tracked += 1
+            rate = self.momentum or 1 / float(self.num_batches_tracked)
+            for kept, new in zip(self.statistics(out, row), (mean, var)):
+                kept.lerp_(new.detach().to(kept), rate)
         return y
 
-    def _collect(self, x, slots):
-        mean, var = moments(x)
-        n, (m, v) = x.numel() // x.shape[1], (s.double().view(len(slots or [0]), -1) for s in (mean, var))      # (m, C') each
-        if self.sums is None:                          # count, sum, sum of squares: float64
-            self.sums = torch.zeros(1 if slots is None else len(self.path_mean), 1 + 2 * m.shape[1], dtype=torch.float64, device=x.device)
-        for p, slot in enumerate(slots or [0]):
-            self.sums[slot] += torch.cat([m.new_ones(1), m[p], v[p] + m[p] * m[p]]) * n
-        return mean, var
-
-    def finish(self, cut_of_slot=None):
-        """Turns what `collect` added up, on all processes, into the statistics for inference."""
-        kept = self.running_mean[None] if cut_of_slot is None else self.path_mean
-        if self.sums is None:                          # no batch came to this process
-            self.sums = torch.zeros(len(kept), 1 + 2 * kept.shape[1], dtype=torch.float64, device=kept.device)
-        n, s, ss = add_up(self.sums).split([1, kept.shape[1], kept.shape[1]], 1)
-        mean = s / n.clamp(min=1)
-        var = (ss / n.clamp(min=1) - mean ** 2).clamp(min=0)
-        if cut_of_slot is None:
-            self.running_mean.copy_(mean[0])
-            self.running_var.copy_(var[0])
-        else:
-            self.path_mean.copy_(mean)
-            self.path_var.copy_(var)
-            for slot in (n[:, 0] < 2).nonzero().flatten().tolist():    # nothing to measure: the largest network's
-                self.path_mean[slot] = take(self.running_mean, cut_of_slot(slot))[0]
-                self.path_var[slot] = take(self.running_var, cut_of_slot(slot))[0]
-        self.sums = None
+    def statistics(self, out=None, row=None):
+        """(mean, variance) for inference. Raises ValueError where a prefix has none yet."""
+        if row is None:
+            return slice_weight(self.running_mean, out), slice_weight(self.running_var, out)
+        if self.prefix_mean is None:
+            raise ValueError("sub-nets have no statistics for inference yet: call recalibrate_bn")
+        return self.prefix_mean[row], self.prefix_var[row]
 
 
-# ---------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------ network
 
-def convolve(x, weight, bias, stride, padding=0, groups=1):
-    """torch's 2-d convolution. A strided 1x1 one of few channels is given every other pixel instead: on CPU in channels_last,
-    with fewer channels in than a vector has places (8 with AVX2, 16 with AVX-512) and one group, the gradient of its weights
-    writes beyond its memory (seen with torch 2.15, maps from 8 and 72 pixels on; the process dies, or does later)."""
-    if weight.shape[-1] == 1 and max(stride) > 1 and weight.shape[1] < 16 and groups == 1:
-        x, stride = x[..., ::stride[0], ::stride[1]], (1, 1)
-    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+def resnet(arch, widths, stem, small_stem=False, norm_layer=nn.BatchNorm2d):
+    """torchvision's ResNet of any width: images (B, 3, H, W) -> pooled features (B, D).
+
+    arch: resnet18, resnet34, resnet50; widths: planes of the four stages, torchvision's being
+    (64, 128, 256, 512), of which a bottleneck puts out four times as many; stem: channels of the
+    first convolution; small_stem: 3x3 of stride 1 and no pooling, for small images. As in
+    SimSiam's code the last BatchNorm of each residual starts at 0."""
+    block, depths = ARCHS[arch]
+    net = ResNet(block, (1, 1, 1, 1), norm_layer=norm_layer)
+    net.inplanes = stem
+    net.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
+    if small_stem:
+        net.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    net.bn1 = norm_layer(stem)
+    for s, (planes, depth) in enumerate(zip(widths, depths)):
+        stage = net._make_layer(block, planes, depth, stride=1 if s == 0 else 2)
+        setattr(net, f"layer{s + 1}", stage)
+    net.fc = nn.Identity()
+    net.features = widths[-1] * block.expansion
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, block):
+            nn.init.zeros_((module.bn2 if block is BasicBlock else module.bn3).weight)
+    return net
 
 
-class Shortcut(nn.Conv2d):
-    """The 1x1 convolution of a block's shortcut, by `convolve`."""
+def split(channels, groups, shared):
+    """(shared channels, channels of a group): the shared part takes what does not divide."""
+    group = int(channels * (1 - shared) / groups + 1e-9)
+    return channels - groups * group, group
 
-    def forward(self, x):
-        return convolve(x, self.weight, None, self.stride)
+
+def residual_layers(block):
+    """A torchvision block's branch, [(conv, bn), ...], and its shortcut, (conv, bn) or None."""
+    branch = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if isinstance(block, Bottleneck):
+        branch.append((block.conv3, block.bn3))
+    return branch, None if block.downsample is None else tuple(block.downsample)
 
 
-class Block(nn.Module):
-    """A residual block under torchvision's names: conv1, bn1, conv2, bn2[, conv3, bn3][, downsample.0, downsample.1].
-    inner: width inside; out: width of the output; the stride sits in the first 3x3 convolution."""
+def conv_bn(x, conv, bn, out, inp, row, track):
+    """A convolution and its BatchNorm along a path: x (B, I', H, W) -> (B, O', H', W').
 
-    def __init__(self, inp, inner, out, stride, bottleneck, norm):
+    A strided 1x1 convolution reads every other pixel, and is given just these: on CPU the gradient
+    of its weight was seen (torch 2.15, few channels) to write outside its memory."""
+    stride = conv.stride
+    if conv.kernel_size == (1, 1):
+        x, stride = x[:, :, ::stride[0], ::stride[1]], 1
+    weight = slice_weight(conv.weight, out, inp)
+    return bn(F.conv2d(x, weight, None, stride, conv.padding), out, row, track)
+
+
+def pool(x):
+    """(B, C, H, W) -> (B, C), in fp32 at least."""
+    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class SDRNet(nn.Module):
+    """The supernet W_0 and its g^4 sub-nets W_i, narrower ResNets made of slices of its weights.
+
+    arch: resnet18, resnet34, resnet50; width: channels of the stem and planes of stage 0 (64 is
+    torchvision's); groups: g; shared: share of a stage's channels that all paths use.
+    SDRNet(**net.config) builds it again; net.resnet holds the weights; net.features is W_0's D."""
+
+    def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False):
         super().__init__()
-        shapes = [(inp, inner, 1, 1), (inner, inner, 3, stride), (inner, out, 1, 1)] if bottleneck else \
-                 [(inp, inner, 3, stride), (inner, out, 3, 1)]
-        for i, (a, b, kernel, step) in enumerate(shapes, 1):
-            setattr(self, f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False))
-            setattr(self, f"bn{i}", norm(b))
-        self.depth = len(shapes)
-        self.downsample = None
-        if stride != 1 or inp != out:                  # without BatchNorm only in an extracted ResNet-18/34: selects the path's channels
-            self.downsample = nn.Sequential(Shortcut(inp, out, 1, stride, bias=False), *([norm(out)] if stride != 1 or bottleneck else []))
+        self.config = dict(arch=arch, width=width, groups=groups, shared=shared,
+                           small_stem=small_stem)
+        self.groups, self.shared = groups, shared
+        self.widths = [width * 2 ** s for s in range(STAGES)]
+        self.resnet = resnet(arch, self.widths, width, small_stem, norm_layer=BatchNorm)
+        self.features = self.resnet.features
 
-    def layers(self):
-        """The (convolution, BatchNorm) pairs of the main branch, in order."""
-        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, self.depth + 1)]
-
-    def forward(self, x):
-        y = x
-        for i, (conv, bn) in enumerate(self.layers()):
-            y = bn(conv(y)) if i == 0 else bn(conv(F.relu(y)))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class ResNet(nn.Module):
-    """A plain ResNet-18/34/50 under torchvision's names, of any width: what `SDRNet.extract` returns.
-
-    arch: resnet18, resnet34 or resnet50. widths: inner width of the four stages. stem: width of the stem.
-    small_stem: 3x3 stride 1 without pooling, for small images. depths: blocks of the stages (None: arch's).
-    forward: images (B, 3, H, W) -> features (B, D), the average over positions; D = widths[3], times 4 for resnet50.
-    """
-
-    def __init__(self, arch, widths, stem, small_stem=False, norm=nn.BatchNorm2d, depths=None):
-        super().__init__()
-        bottleneck, depths = ARCHS[arch][0], depths or ARCHS[arch][1]
-        self.expansion = 4 if bottleneck else 1
-        self.config = {"arch": arch, "widths": list(widths), "stem": stem, "small_stem": small_stem, "depths": list(depths)}
-        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False) if small_stem else nn.Conv2d(3, stem, 7, 2, 3, bias=False)
-        self.bn1 = norm(stem)
-        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
-        inp = stem
-        for s, (width, depth) in enumerate(zip(widths, depths)):
-            make = norm if norm is nn.BatchNorm2d else (lambda channels, stage=s: norm(channels, stage))
-            out, blocks = width * self.expansion, []
-            for i in range(depth):
-                blocks.append(Block(inp if i == 0 else out, width, out, 2 if i == 0 and s > 0 else 1, bottleneck, make))
-            setattr(self, f"layer{s + 1}", nn.Sequential(*blocks))
-            inp = out
-        self.features = inp
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Block):            # every block starts as the identity
-                nn.init.zeros_(module.layers()[-1][1].weight)
-
-    def stages(self):
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
-
-    def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        for stage in self.stages():
-            x = stage(x)
-        return x.mean((2, 3))
-
-
-class SDRNet(ResNet):
-    """The supernet. groups: g, individual groups per stage; shared: share of a stage's channels in its shared group.
-
-    Raises InputError where a group would have no channel. The largest network's features are (B, self.features),
-    a sub-net's (B, self.sub_features). shared_grad: whether sub-nets' losses train the shared groups too.
-    """
-    shared_grad = True
-
-    def __init__(self, arch="resnet18", width=64, groups=4, shared=0.5, small_stem=False, sizes=None):
-        self.groups, self.shared, self.width = groups, shared, width
-        if arch not in ARCHS:
-            raise InputError(f"arch {arch!r} is not one of {', '.join(ARCHS)}")
-        if not (0 <= shared < 1 and groups >= 1 and int(width * (1 - shared) / groups) >= 1):
-            raise InputError(f"width {width} cannot be split into a shared part of {shared} and {groups} groups of at least 1 channel")
-        if sizes and not (1 <= sizes[0] <= min(ARCHS[arch][1]) and 1 <= sizes[1] <= 8 and width % 8 == 0):
-            raise InputError(f"{arch} of width {width} has no sizes from {sizes[0]} block(s) and {sizes[1]} eighths of the channels on: "
-                             f"at most {min(ARCHS[arch][1])} and 8, of a width that 8 divides")
-
-        def norm(channels, stage=None):                # the stem (stage None) has one set of statistics
-            return BatchNorm(channels, groups=None if stage is None else (groups ** (stage + 1), self.sub_width(channels)))
-        super().__init__(arch, [width * 2 ** s for s in range(STAGES)], width, small_stem, norm)
-        self.config = {"arch": arch, "width": width, "groups": groups, "shared": shared, "small_stem": small_stem, **({"sizes": list(sizes)} if sizes else {})}
-        self.sub_features = self.sub_width(self.features)
-
-    # -- which channels
-
-    def split(self, channels):
-        """(shared, group): channels in the shared part and in each of the g groups. A ResNet-50's are multiples of those of
-        `width`: else a block's output, where g divides it better, would not be four times its inner width."""
-        unit = self.width if self.expansion > 1 else channels
-        group = int(unit * (1 - self.shared) / self.groups) * (channels // unit)
-        return channels - group * self.groups, group
-
-    def sub_width(self, channels):
-        return sum(self.split(channels))
-
-    def cut(self, channels, digits):
-        """The channels of a stage that paths with these digits there use, or one size with [(depth, eighths)] there
-        (None: the largest network); see `take`."""
-        if digits is None:
+    def channels(self, s, count, path):
+        """Which of stage s's `count` channels (planes, or a bottleneck's outputs) a path uses:
+        int64 indices, None for all."""
+        if path is None or path[s] is None:
             return None
-        if isinstance(digits[0], tuple):
-            return channels * digits[0][1] // 8, 0, (0,)
-        return (*self.split(channels), tuple(int(d) for d in digits))
+        shared, group = split(self.widths[s], self.groups, self.shared)
+        times = count // self.widths[s]
+        index = torch.arange(count, device=self.resnet.conv1.weight.device)
+        parts = index.split([times * shared] + [times * group] * self.groups)
+        return torch.cat([parts[0], parts[1 + path[s]]])
 
-    def sizes(self):
-        """The (depth, eighths) that each stage may have, smallest first; any may follow any."""
-        least, eighths = self.config["sizes"]
-        return [[(d, e) for d in range(least, depth + 1) for e in range(eighths, 9)] for depth in ARCHS[self.config["arch"]][1]]
+    def row(self, s, path):
+        """Whose statistics stage s takes along a path: its first s+1 digits', None for W_0's."""
+        if path is None:
+            return None
+        if None not in path[:s + 1]:
+            return path_to_index(path[:s + 1], self.groups)
+        if not self.training:
+            raise ValueError(f"path {path}: a stage of full width has no statistics for inference")
+        return None
 
-    # -- forward
+    def blocks(self, s):
+        """The blocks of stage s, 0 to 3."""
+        return getattr(self.resnet, f"layer{s + 1}")
 
-    def _layer(self, conv, bn, x, out, inp, slots, mode):
-        """Convolution and BatchNorm, of the largest network or of m paths side by side."""
-        weight = cut_weight(conv.weight, out, inp, self.shared_grad).flatten(0, -4)    # (m * O', I', k, k)
-        m = 1 if out is None else len(out[2])
-        if mode in ("saved", "last"):                  # statistics are known: folded into the convolution, one pass less
-            mean, var = bn.statistics(out, slots, mode)
-            scale, shift = bn.scale_and_shift(out)
-            scale = scale * torch.rsqrt(var + bn.eps)
-            return convolve(x, weight * scale.view(-1, 1, 1, 1), shift - mean * scale, conv.stride, conv.padding, m)
-        return bn(convolve(x, weight, None, conv.stride, conv.padding, m), out, slots, mode)
+    def layers(self, s, path):
+        """Stage s along a path. Yields for each block its branch, [(conv, bn, out, inp), ...], and
+        its shortcut, the same or None; out, inp as `slice_weight` takes them."""
+        inp = None                                     # the stem's channels: all
+        if s > 0:
+            inp = self.channels(s - 1, self.blocks(s)[0].conv1.in_channels, path)
+        for block in self.blocks(s):
+            entry, steps = inp, []
+            branch, shortcut = residual_layers(block)
+            for conv, bn in branch:
+                out = self.channels(s, conv.out_channels, path)
+                steps.append((conv, bn, out, inp))
+                inp = out
+            yield steps, None if shortcut is None else (*shortcut, out, entry)
 
-    def stem(self, x, mode="saved"):
-        """Images (B, 3, H, W) -> (B, width, H', W'): common to all paths."""
-        return self.maxpool(F.relu_(self._layer(self.conv1, self.bn1, x, None, None, None, mode)))
+    def stem(self, x, track=True):
+        """Images (B, 3, H, W) -> (B, width, H', W')."""
+        x = self.resnet.bn1(self.resnet.conv1(x), track=track)
+        return self.resnet.maxpool(F.relu(x))
 
-    def stage(self, s, x, prefixes=None, mode="saved"):
-        """Stage s (0 to 3) of the largest network, x (B, C, H, W), or of m paths side by side, x (B, m * C', H, W).
-        prefixes: the first s+1 digits of each path, or [as many pairs of one size]. Returns a tensor like x."""
-        slots, digits, inp = None, None, None
-        blocks = self.stages()[s]
-        if prefixes is not None:
-            digits = [p[s] for p in prefixes]
-            if isinstance(digits[0], tuple):
-                blocks = blocks[:digits[0][0]]
-            else:
-                slots = [prefix_slot(p, self.groups) for p in prefixes]
-            inp = None if s == 0 else self.cut(blocks[0].conv1.in_channels, [p[s - 1] for p in prefixes])
-        for block in blocks:
-            y, cut = x, inp
-            for i, (conv, bn) in enumerate(block.layers()):
-                out = self.cut(conv.out_channels, digits)
-                y, cut = self._layer(conv, bn, y if i == 0 else F.relu_(y), out, cut, slots, mode), out
-            if block.downsample is not None:
-                x = self._layer(*block.downsample, x, out, inp, slots, mode)
-            elif s == 0 and block is blocks[0] and out is not None:    # the stem's full width: select the paths' channels
-                x = torch.cat([part[:, c] for part, c in zip(x.chunk(len(digits), 1), _channels(out, x.device))], 1)
-            x, inp = F.relu_(y.add_(x)), out           # in place: BatchNorm's backward needs its input only
+    def stage(self, s, x, path=None, track=True):
+        """Stage s of W_0, or along a path whose first s+1 digits count: (B, C, H, W) -> same."""
+        row = self.row(s, path)
+        for b, (branch, shortcut) in enumerate(self.layers(s, path)):
+            y = x
+            for i, layer in enumerate(branch):
+                y = conv_bn(y if i == 0 else F.relu(y), *layer, row, track)
+            if shortcut is not None:
+                x = conv_bn(x, *shortcut, row, track)
+            elif s == 0 and b == 0:                    # the stem's full width: take the path's
+                x = slice_weight(x, None, branch[-1][2])
+            x = F.relu(x + y)
         return x
 
-    def trunk(self, x, paths=None, mode="saved"):
-        """Stem outputs (B, C, H, W) -> pooled features of the largest network, (B, D) in fp32. With m paths, outputs
-        (m * B, C, H, W), the images of one path after those of another -> (B, m, D')."""
-        if paths is not None:                          # side by side, channels last: (B, m * C, H, W)
-            x = x.unflatten(0, (len(paths), -1)).permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
+    def forward(self, x, path=None, track=True):
+        """Normalised images (B, 3, H, W) -> features, fp32 (B, D) of W_0, (B, D') of a sub-net.
+
+        path: four digits in 0 .. g-1, or None. In training by the batch's statistics, else by those
+        measured for inference. track: whether W_0's follow its batch; a path's moves none."""
+        track = track and path is None
+        x = self.stem(x, track)
         for s in range(STAGES):
-            x = self.stage(s, x, None if paths is None else [p[:s + 1] for p in paths], mode)
-        f = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-        return f if paths is None else f.unflatten(1, (len(paths), -1))
+            x = self.stage(s, x, path, track)
+        return pool(x)
 
-    def forward(self, x, path=None):
-        """Images (B, 3, H, W) -> features (B, D) of the largest network, or of the sub-net of `path`, a path or a size,
-        for inference."""
-        return self.trunk(self.stem(x)) if path is None else self.trunk(self.stem(x), [path])[:, 0]
+    def tree(self, x, prefix=()):
+        """Yields (path, features fp32 (B, D')) of all sub-nets by index, each prefix run once.
 
-    def walk(self, x, indices=None):
-        """Yields (index, features (B, D)) of all sub-nets, or those in `indices`, in order. Each prefix is computed
-        once: of a ResNet-50's 256 paths this takes 0.3 of the multiply-adds of running them one by one."""
-        wanted = {index_to_path(i, self.groups) for i in (range(self.groups ** STAGES) if indices is None else indices)}
-
-        def grow(x, prefix):
-            if len(prefix) == STAGES:
-                yield path_to_index(prefix, self.groups), x.mean((2, 3), dtype=torch.float32)
-                return
-            for longer in sorted({p[:len(prefix) + 1] for p in wanted if p[:len(prefix)] == prefix}):
-                yield from grow(self.stage(len(prefix), x, [longer]), longer)
-        yield from grow(self.stem(x), ())
-
-    # -- statistics for inference
-
-    def finish_statistics(self, stage=None):
-        """Ends a round of "collect" runs: of the largest network (None), or of the prefixes of one stage."""
-        if stage is None:
-            for module in self.modules():
-                if isinstance(module, BatchNorm):
-                    module.finish()
+        x: images (B, 3, H, W), or with a prefix what its stages have made of them."""
+        if prefix == ():
+            x = self.stem(x)
+        if len(prefix) == STAGES:
+            yield prefix, pool(x)
             return
-        for block in self.stages()[stage]:
-            for bn in [bn for _, bn in block.layers()] + ([] if block.downsample is None else [block.downsample[1]]):
-                bn.finish(lambda slot, c=bn.num_features: self.cut(c, [slot % self.groups]))
+        for digit in range(self.groups):
+            path = prefix + (digit,)
+            yield from self.tree(self.stage(len(prefix), x, path), path)
 
-    def path_statistics(self):
-        """{name: (means, variances)}, each (g^s, C): what a checkpoint keeps beside the state dict."""
-        return {name: {"mean": m.path_mean.clone(), "var": m.path_var.clone()} for name, m in self.named_modules()
-                if isinstance(m, BatchNorm) and hasattr(m, "path_mean")}
-
-    def load_path_statistics(self, tables):
-        own = self.path_statistics()
-        if set(tables) != set(own) or any(tables[n][k].shape != own[n][k].shape for n in own for k in ("mean", "var")):
-            raise InputError("its statistics of sub-nets are not those of this architecture")
-        for name, table in tables.items():
-            module = self.get_submodule(name)
-            module.path_mean.copy_(table["mean"])
-            module.path_var.copy_(table["var"])
-
-    # -- one sub-net by itself
-
+    @torch.no_grad()
     def extract(self, path=None):
-        """The sub-net of `path` (a path, a size, or None: the largest network) as a plain, dense ResNet in eval mode,
-        equal outputs."""
-        stem, digits, depths = self.config["width"], [None] * STAGES, None
-        widths, sized = [stem * 2 ** s for s in range(STAGES)], path is not None and isinstance(path[0], (tuple, list))
-        if sized:
-            digits = [[tuple(pair)] for pair in path]
-            if "sizes" not in self.config or len(digits) != STAGES or not all(d in choices for (d,), choices in zip(digits, self.sizes())):
-                raise InputError(f"size {[d for d, in digits]} is not one of this network's")
-            widths, depths = [w * e // 8 for w, ((_, e),) in zip(widths, digits)], [depth for (depth, _), in digits]
-        elif path is not None:
-            digits = [[d] for d in index_to_path(path_to_index(path, self.groups), self.groups)]
-            widths = [self.sub_width(w) for w in widths]
-        net = ResNet(self.config["arch"], widths, stem, self.config["small_stem"], depths=depths).to(self.conv1.weight)
-        net.config["path"] = None if path is None or sized else [d for d, in digits]
+        """The sub-net of a path (None: W_0) as torchvision's ResNet in eval mode, equal outputs.
 
-        def copy(conv, bn, to_conv, to_bn, out, inp, slots):
-            to_conv.weight.copy_(cut_weight(conv.weight, out, inp).flatten(0, -4))
-            for to, value in zip((to_bn.weight, to_bn.bias, to_bn.running_mean, to_bn.running_var),
-                                 (*bn.scale_and_shift(out), *bn.statistics(out, slots))):
-                to.copy_(value)
-        with torch.no_grad():
-            copy(self.conv1, self.bn1, net.conv1, net.bn1, None, None, None)
-            inp = None
-            for s, (blocks, plain) in enumerate(zip(self.stages(), net.stages())):
-                slots = None if path is None or sized else [prefix_slot([d for d, in digits[:s + 1]], self.groups)]
-                for block, to in zip(blocks, plain):
-                    entry = inp
-                    for (conv, bn), (to_conv, to_bn) in zip(block.layers(), to.layers()):
-                        out = self.cut(conv.out_channels, digits[s])
-                        copy(conv, bn, to_conv, to_bn, out, inp, slots)
-                        inp = out
-                    if block.downsample is not None:
-                        copy(*block.downsample, *to.downsample, out, entry, slots)
-                    elif to.downsample is not None:    # the selection of channels, as a convolution of zeros and ones
-                        to.downsample[0].weight.copy_(take(torch.eye(stem), out)[0, :, :, None, None])
-        return net.eval()
+        resnet(**config) builds it again, config being its attribute. Where a ResNet-18's first
+        block selects channels of the stem, it has a 1x1 convolution of zeros and ones."""
+        widths = self.widths
+        if path is not None:
+            widths = [sum(split(width, self.groups, self.shared)) for width in widths]
+        config = dict(arch=self.config["arch"], widths=widths, stem=self.config["width"],
+                      small_stem=self.config["small_stem"])
+        plain = resnet(**config).to(self.resnet.conv1.weight.device)
+        plain.config = config
+        copy_layer((plain.conv1, plain.bn1), self.resnet.conv1, self.resnet.bn1)
+        for s in range(STAGES):
+            row, targets = self.row(s, path), getattr(plain, f"layer{s + 1}")
+            for (branch, shortcut), block in zip(self.layers(s, path), targets):
+                to_branch, to_shortcut = residual_layers(block)
+                for to, layer in zip(to_branch, branch):
+                    copy_layer(to, *layer, row)
+                if shortcut is not None:
+                    copy_layer(to_shortcut, *shortcut, row)
+                elif to_shortcut is not None:
+                    select_channels(*to_shortcut, branch[-1][2])
+        return plain.eval()
+
+    def prefix_statistics(self):
+        """{name of a BatchNorm: {"mean", "var"}}, (g^(s+1), C') each: what a checkpoint keeps
+        beside the state dict. Empty before `recalibrate_bn`."""
+        return {name: {"mean": bn.prefix_mean, "var": bn.prefix_var}
+                for name, bn in self.resnet.named_modules()
+                if isinstance(bn, BatchNorm) and bn.prefix_mean is not None}
 
 
-# ---------------------------------------------------------------------------- checkpoints
+def copy_layer(to, conv, bn, out=None, inp=None, row=None):
+    """Copies what a path uses of a convolution and its BatchNorm into plain ones, `to`."""
+    to[0].weight.copy_(slice_weight(conv.weight, out, inp))
+    to[1].weight.copy_(slice_weight(bn.weight, out))
+    to[1].bias.copy_(slice_weight(bn.bias, out))
+    to[1].running_mean, to[1].running_var = (kept.clone() for kept in bn.statistics(out, row))
 
-@contextmanager
-def whole(path):
-    """A binary file to write, which `path` then is: at every moment the old file or the new one, whole. Temporary file,
-    fsync, rename. Raises OSError with the file's name when the disk is full or read-only."""
-    temporary = f"{path}.tmp"
+
+def select_channels(conv, bn, out):
+    """Makes a 1x1 convolution and its BatchNorm pass on channels `out` of their input unchanged."""
+    conv.weight.copy_(torch.eye(conv.in_channels)[out.cpu()][:, :, None, None])
+    bn.running_var.fill_(1 - bn.eps)
+
+
+@torch.no_grad()
+def recalibrate_bn(net, images_of, prefixes=True):
+    """Measures the statistics for inference: of W_0, then of every prefix, shorter ones first.
+
+    images_of(prefix): batches (B, 3, S, S), of which each process gives its part, that suit a
+    prefix, 1 to 4 digits, or () for W_0. The stage that a prefix ends in is normalised by the
+    batch and averages its statistics over the batches; the stages before it use theirs."""
+    net.eval()
+    average_statistics(net.resnet, (net(x) for x in images_of(())))
+    began = time.time()
+    for s in range(STAGES if prefixes else 0):
+        for bn in batch_norms(net.blocks(s)):
+            width = len(net.channels(s, bn.num_features, (0,) * STAGES))
+            bn.prefix_mean = bn.weight.new_zeros(net.groups ** (s + 1), width)
+            bn.prefix_var = torch.ones_like(bn.prefix_mean)
+        for prefix in itertools.product(range(net.groups), repeat=s + 1):
+            runs = (run_prefix(net, x, prefix) for x in images_of(prefix))
+            average_statistics(net.blocks(s), runs)
+        print0(f"statistics of the prefixes of {s + 1} digits: {time.time() - began:.0f} s")
+
+
+def batch_norms(module):
+    """All BatchNorms of ours in a module."""
+    return [bn for bn in module.modules() if isinstance(bn, BatchNorm)]
+
+
+def run_prefix(net, x, prefix):
+    """The stages of a prefix on images."""
+    x = net.stem(x)
+    for s in range(len(prefix)):
+        x = net.stage(s, x, prefix)
+
+
+def average_statistics(module, runs):
+    """Lets the BatchNorms of a module average their statistics over `runs`, whose items run it."""
+    for bn in batch_norms(module):
+        bn.train()
+        bn.momentum = None
+        bn.num_batches_tracked.zero_()
+    for _ in runs:
+        pass
+    for bn in batch_norms(module):
+        bn.eval()
+        bn.momentum = 0.1
+
+
+# ------------------------------------------------------------------------------------ files
+
+def first_line(error):
+    """The first line of an error's text, at most 150 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:150]
+
+
+def save_file(path, write):
+    """Has write(file) fill a binary file, then gives it its name: the whole file or none.
+
+    Raises InputError, with the file's name, where the disk is full or not to be written."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
+        with open(f"{path}.tmp", "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        reason = error if isinstance(error, OSError) else error.__context__        # torch hides the disk's error behind its own
-        if isinstance(reason, OSError):
-            raise OSError(reason.errno, reason.strerror, str(path)) from None
-        raise
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:           # torch turns a full disk into the latter
+        raise InputError(f"{path} cannot be written ({first_line(error)})") from None
 
 
-def save(path, content):
-    """Writes a checkpoint, whole or not at all (see `whole`)."""
-    with whole(path) as file:
-        torch.save(content, file)
+def save_checkpoint(path, content):
+    """Writes a dict of tensors and plain values as one file."""
+    save_file(path, functools.partial(torch.save, content))
 
 
-def read(path):
-    """What torch.save wrote to a file, without running code from it (weights_only). Raises InputError, naming the file,
-    if a single bit of it has changed: torch itself does not look at the checksums in the file."""
+def save_names(path, names):
+    """Writes a listing, one name a line, in the bytes that the names have on disk."""
+    text = "".join(f"{name}\n" for name in names)
+    save_file(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def load_names(path):
+    """What save_names wrote, as a list; a byte-order mark and Windows line ends are passed over."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        return [line.rstrip("\r\n") for line in file]
+
+
+def read_torch_file(path):
+    """What torch.save wrote, without running code from it. Raises InputError naming the file."""
     if not os.path.isfile(path):
-        raise InputError(f"no checkpoint {path}: run the stage before, or name the right file")
+        raise InputError(f"no file {path}: run the stage before, or name the right file")
     try:
-        if zipfile.is_zipfile(path):                   # torch's files before 1.6 are not, and have no checksums
-            with zipfile.ZipFile(path) as parts:
-                if any(part.compress_type for part in parts.infolist()) or parts.testzip():        # torch stores, so what is compressed is not its work
-                    raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                         # a broken zip or pickle fails in many ways
-        raise InputError(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})") from None
+        raise InputError(f"{path} is damaged or no checkpoint ({first_line(error)})") from None
 
 
-class Content(dict):
-    """What a checkpoint holds: a value that is missing is an InputError that names the file."""
-    path = ""
+def load_checkpoint(path, *kinds):
+    """What save_checkpoint wrote: a dict. kinds: those that fit here, any if none is given.
 
-    def __missing__(self, key):
-        raise InputError(f"{self.path} holds no {key!r}: it is damaged, or of another stage")
-
-
-TYPES = {"config": dict, "backbone": dict, "heads": dict, "statistics": dict, "origin": dict, "model": dict, "optimizer": dict, "kind": str, "format": int,
-         "step": int, "centroids": torch.Tensor, "feature_mean": torch.Tensor}
-
-
-def load(path, kinds=None):
-    """Reads a checkpoint (see `read`). kinds: those that fit here, e.g. ("sdrnet",).
-    Raises InputError, naming the file, for anything that is not a whole checkpoint of this project."""
-    content = read(path)
-    if not isinstance(content, dict) or not {"format", "kind", "config"} <= set(content):
-        raise InputError(f"{path} is not a checkpoint of this project (no format, kind and config in it)")
-    wrong = [k for k, kind in TYPES.items() if not isinstance(content.get(k, kind()), kind)]
-    wrong += ["origin"] if not wrong and not isinstance(content.get("origin", {}).get("config", {}), dict) else []
-    if wrong:
-        raise InputError(f"{path} is damaged: its {wrong[0]} is not what it should be")
-    if content["format"] != FORMAT:
-        raise InputError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}")
-    if kinds is not None and content["kind"] not in kinds:
-        raise InputError(f"{path} holds a {content['kind']!r}, and {' or '.join(kinds)} is needed here")
-    content = Content({k: Content(v) if k in ("config", "origin") else v for k, v in content.items()})
-    for part in (content, *content.values()):
-        if isinstance(part, Content):
-            part.path = path
+    Raises InputError, with the file's name, where it is not there or no checkpoint of ours."""
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or not {"kind", "config"} <= set(content):
+        raise InputError(f"{path} is not a checkpoint of this project: it names no kind and config")
+    if kinds and content["kind"] not in kinds:
+        raise InputError(f"{path} holds a {content['kind']}; {' or '.join(kinds)} is needed here")
     return content
 
 
-def checkpoint(net, kind, **more):
-    """The dict that describes a network: format, kind, config, backbone (torchvision's names), statistics."""
-    content = {"format": FORMAT, "kind": kind, "config": dict(net.config), **more,
-               "backbone": {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}}
-    if kind == "sdrnet":
-        content["statistics"] = {n: {k: v.cpu() for k, v in t.items()} for n, t in net.path_statistics().items()}
-    return content
+def refuse_changes(old, new, path):
+    """Raises InputError that names what differs between two runs' arguments, dicts."""
+    changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    if changed:
+        raise InputError(f"{path} was made with other arguments ({'; '.join(changed)}): give those "
+                         "again, another --out, or --fresh")
 
 
-def network(content, path="checkpoint"):
-    """The network that `load` found: an SDRNet, or for a subnet a plain ResNet; in eval mode, every tensor loaded."""
-    config, weights = content["config"], content.get("backbone")
+def load_network(path, norm_layer=nn.BatchNorm2d):
+    """The network of a checkpoint in eval mode: an SDRNet, or of a subnet.pt torchvision's ResNet.
 
-    def make():
-        if content["kind"] == "subnet":
-            return ResNet(config["arch"], config["widths"], config["stem"], config["small_stem"], depths=config.get("depths"))
-        return SDRNet(**{k: config[k] for k in ("arch", "width", "groups", "shared", "small_stem")}, sizes=config.get("sizes"))
+    norm_layer: the ResNet's. Raises InputError where a tensor is missing or of another shape."""
+    content = load_checkpoint(path, "simsiam", "byol", "sdrnet", "subnet")
     try:
-        if not 0 < int(config.get("width", config.get("stem"))) <= 4096 or not 0 < config.get("groups", 1) <= 16 \
-                or not all(0 < w <= 32768 for w in config.get("widths", ())) or not all(0 < d <= 36 for d in config.get("depths", ())) \
-                or not 8 <= config.get("image_size", 8) + 0 <= 8192:
-            raise InputError("its widths, depths, groups or image size are out of range")
-        with torch.device("meta"):                     # before any memory is taken for what a file only claims to hold
-            shapes = {k: v.shape for k, v in make().state_dict().items()}
-        wrong = [k for k in sorted(set(shapes) | set(weights)) if k not in weights or shapes.get(k) != weights[k].shape]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is missing, too much, or of another shape")
-        net = make()
         if content["kind"] == "subnet":
-            net.config["path"] = config["path"]
-        if not all(bool(torch.isfinite(v).all()) for v in weights.values()):
-            raise InputError("it holds weights that are not finite")
-        net.load_state_dict(weights, strict=True)
-        if content["kind"] == "sdrnet":
-            net.load_path_statistics(content["statistics"])
-    except InputError as error:
-        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    except Exception as error:
-        raise InputError(f"{path} does not fit its own architecture ({str(error).splitlines()[0][:150] if str(error) else type(error).__name__})") from None
+            net = resnet(**content["config"], norm_layer=norm_layer)
+            net.config = content["config"]
+            net.load_state_dict(content["backbone"])
+            return net.eval()
+        net = SDRNet(**content["config"])
+        net.resnet.load_state_dict(content["backbone"])
+        for name, kept in content["statistics"].items():
+            bn = net.resnet.get_submodule(name)
+            bn.prefix_mean, bn.prefix_var = kept["mean"], kept["var"]
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path} does not fit its own config ({first_line(error)})") from None
     return net.eval()
 
 
-def load_network(path, kinds=None):
-    """`load` and `network` in one: SDRNet or plain ResNet, ready for inference."""
-    return network(load(path, kinds), path)
+def load_weights(net, path):
+    """Loads a ResNet's weights, of ours or of another code base, into torchvision's names.
+
+    They may lie under "backbone", "state_dict" or "model" and a prefix such as module.encoder_q.,
+    in half precision, with a classifier or without. Returns "loaded N of N tensors ...". Raises
+    InputError, naming a key, where one is missing or of another shape: nothing loads in part."""
+    state = read_torch_file(path)
+    for key in ("backbone", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    keys = [key for key in state if str(key).endswith("conv1.weight")]
+    if not isinstance(state, dict) or not keys:
+        raise InputError(f"{path} holds no ResNet's weights: no key ends in conv1.weight")
+    wanted = {key: value for key, value in net.state_dict().items() if not key.startswith("fc.")}
+    needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    missing = {}                                       # {prefix: keys that are not there under it}
+    for key in keys:
+        prefix = key.removesuffix("conv1.weight")
+        missing[prefix] = [key for key in needed if prefix + key not in state]
+    prefix = min(missing, key=lambda prefix: len(missing[prefix]))
+    if missing[prefix]:
+        raise InputError(f"{path} lacks {prefix}{missing[prefix][0]}: another architecture's?")
+    found = {key: state.get(prefix + key, value) for key, value in wanted.items()}
+    for key, value in found.items():
+        if value.shape != wanted[key].shape:
+            shapes = f"{tuple(value.shape)}, and {tuple(wanted[key].shape)} is needed"
+            raise InputError(f"{path}: {prefix}{key} is {shapes}: another width, stem or network")
+    net.load_state_dict(found, strict=False)           # strict but for fc, as seen above
+    removed = f", prefix {prefix} removed" if prefix else ""
+    return f"{path}: loaded {len(found)} of {len(wanted)} tensors{removed}"
+
+
+# ------------------------------------------------------------------------------------ images
+
+def list_images(folder, leave_out=None):
+    """Names of the images below a folder, relative to it, sorted: the order of all our arrays.
+
+    Links are followed, each real folder once. Left out, in one line with their count: names that
+    begin with a dot, files that are no images, the folder `leave_out` (our output).
+    Raises InputError where no image is left."""
+    if not os.path.isdir(folder):
+        raise InputError(f"no folder {folder}")
+    seen = {os.path.realpath(leave_out)} if leave_out else set()
+    if os.path.realpath(folder) in seen:
+        raise InputError(f"{folder} holds the images and is the output: give another --out")
+    names, left_out = [], []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real, inside = os.path.realpath(where), os.path.relpath(where, folder)
+        if real in seen or os.path.basename(inside).startswith(".") and inside != ".":
+            left_out.append(inside)
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in files:
+            is_image = name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            place = os.path.normpath(os.path.join(inside, name))
+            (names if is_image and "\n" not in name else left_out).append(place)
+    if left_out:
+        print0(f"{folder}: {len(left_out)} names left out (no image, begins with a dot, output, or "
+               f"met before), such as {min(left_out)}")
+    if not names:
+        raise InputError(f"no images in {folder} (looked for {' '.join(SUFFIXES)} at any depth)")
+    return sorted(names)
+
+
+def decode(path):
+    """An image file in RGB, uint8 (3, H, W), turned as its EXIF says.
+
+    16 bits become 8, floating point from 0 to 1 becomes 0 to 255, what is transparent is white.
+    Raises what PIL raises on a damaged file, and ValueError for values without a known range."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "FI":
+            values = np.asarray(image, np.float64)
+            most = 1 if image.mode == "F" else 65535
+            if not (values.min() >= 0 and values.max() <= most):
+                raise ValueError(f"values from {values.min():g} to {values.max():g}, not from 0 to "
+                                 f"{most}: save it with 8 bits")
+            image = Image.fromarray((values * (255 / most)).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def center_crop(image, size):
+    """uint8 (3, H, W) -> (3, size, size) for evaluation: the short side to `size`, above 64 pixels
+    to 8/7 of it, then the centre."""
+    if image.shape[1:] == (size, size):
+        return image
+    short = size if size <= 64 else round(size * 8 / 7)
+    longest = 4 * min(image.shape[1:])                 # of a panorama the middle
+    image = T.center_crop(image, [min(side, longest) for side in image.shape[1:]])
+    return T.center_crop(T.resize(image, [short], antialias=True), [size, size])
+
+
+class Images(Dataset):
+    """Images of a folder by index: transform(uint8 (3, H, W)). Where one cannot be read, the
+    sentence that says so, for `load_batches` to raise."""
+
+    def __init__(self, folder, names, transform):
+        self.folder, self.names, self.transform = folder, names, transform
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        path = os.path.join(self.folder, self.names[i])
+        try:
+            return self.transform(decode(path))
+        except Exception as error:                     # PIL raises nearly anything on a bad file
+            return f"{path} cannot be read as an image ({first_line(error)}): mend or remove it"
+
+
+def ignore_signals(_):
+    """Loader workers leave signals to their parent, which ends them when it is done."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def load_batches(dataset, batches, workers=0):
+    """Yields for each list of indices in `batches` the list of what the dataset holds there.
+
+    Raises InputError where that is a sentence and no sample."""
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list,
+                        worker_init_fn=ignore_signals)
+    for samples in loader:
+        for sample in samples:
+            if isinstance(sample, str):
+                raise InputError(sample)
+        yield samples
+
+
+def normalise(x):
+    """RGB in [0, 1], (B, 3, H, W) -> what torchvision's networks take: ImageNet's mean and
+    standard deviation become 0 and 1."""
+    mean = x.new_tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    std = x.new_tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    return (x - mean) / std
+
+
+@torch.no_grad()
+def embed(net, dataset, device, amp="auto", workers=0, batch=256, table=None):
+    """Features of every sample of a dataset at its index: float32 (N, D), on every process.
+
+    net: images (B, 3, S, S) -> (B, D), in eval mode, D being net.features; dataset: uint8
+    (3, S, S) each. Several processes share the batches. table: an array (N, D), such as a
+    memory-mapped file, that takes this process's rows alone, and is returned."""
+    blocks = [range(a, min(a + batch, len(dataset))) for a in range(0, len(dataset), batch)]
+    mine = blocks[rank()::world_size()]
+    features = np.zeros((len(dataset), net.features), np.float32) if table is None else table
+    began = shown = time.time()
+    for done, (block, samples) in enumerate(zip(mine, load_batches(dataset, mine, workers))):
+        x = normalise(torch.stack(samples).to(device).float() / 255)
+        with autocast(device, amp):
+            features[block.start:block.stop] = net(x).float().cpu().numpy()
+        if time.time() - shown > 20:
+            shown = time.time()
+            print0(f"features: {done / len(mine):.0%} of {len(dataset):,}, {shown - began:.0f} s")
+    if table is None and world_size() > 1:             # each row is on one process: a sum gathers
+        total = torch.from_numpy(features).to(device)
+        dist.all_reduce(total)
+        features = total.cpu().numpy()
+    return features
+
+
+# ------------------------------------------------------------------------------------ command
+
+def read_path(text, net):
+    """"0,2,1,3" -> (0, 2, 1, 3). Raises InputError where the network has no such path."""
+    if not isinstance(net, SDRNet) or not net.prefix_statistics():
+        raise InputError(f"--path {text}: this checkpoint has no sub-nets; one of kind sdrnet has")
+    digits = text.split(",")
+    if len(digits) != STAGES or not all(d.isdecimal() and int(d) < net.groups for d in digits):
+        raise InputError(f"--path {text}: four digits below {net.groups} are needed, as in 0,1,1,0")
+    return tuple(int(d) for d in digits)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="features of a folder by a checkpoint",
+                                     allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser.add_argument("checkpoint", help="simsiam.pt, byol.pt, sdrnet.pt or subnet.pt")
+    parser.add_argument("folder", help="images, at any depth")
+    parser.add_argument("target", help="the .npy to write; the names go to a .txt beside it")
+    parser.add_argument("--path", help="the sub-net of these digits, as in 0,2,1,3; default: W_0")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
+    args = parser.parse_args()
+    try:
+        device = setup()
+        net = load_network(args.checkpoint)
+        net = net if args.path is None else net.extract(read_path(args.path, net))
+        names = list_images(args.folder)
+        size = load_checkpoint(args.checkpoint)["image_size"]
+        images = Images(args.folder, names, functools.partial(center_crop, size=size))
+        features = embed(net.to(device), images, device, workers=args.workers)
+        if rank() == 0:
+            save_file(args.target, lambda file: np.save(file, features))
+            save_names(os.path.splitext(args.target)[0] + ".txt", names)
+        print0(f"wrote {args.target}: {features.shape[0]:,} x {features.shape[1]}")
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

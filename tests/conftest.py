@@ -1,6 +1,20 @@
-"""One thread, here and in every process that a test starts: sums are then made in one order, so that what is promised bit
-for bit can be compared bit for bit, whatever the number of cores."""
-
+"""One thread, whose sums have one order; the scripts are imported from the folder above."""
 import os
+import sys
 
-os.environ["OMP_NUM_THREADS"] = "1"                                # before torch is imported
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ.setdefault("OMP_NUM_THREADS", "1")          # of the scripts that tests start
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than about five seconds")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
