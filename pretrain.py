@@ -551,12 +551,13 @@ def train(model, args, names, clusters, groups, device, path, arguments):
 
 
 def monitor(net, args, step, device, path):
-    """kNN accuracy of W_0, by its running statistics, on the --monitor-task."""
+    """kNN accuracy of W_0, by its running statistics, on the test images of args.monitor_task."""
     import route                                       # the one arrow to another stage
-    task = route.open_task(args.monitor_task)
     net.eval()
-    accuracy = route.knn_accuracy(net, task, args.image_size, device, args.amp, args.workers)
+    task = args.monitor_task
+    features = route.task_features(net, task, device, args.amp, args.workers)
     net.train()
+    _, accuracy = route.knn_accuracy(*features, task)
     log_line(path, {"step": step, "task": task.name, "knn": accuracy})
 
 
@@ -815,6 +816,9 @@ def run(args):
         clusters, groups = load_clusters(args.clusters, names)
         args.init = args.init or os.path.join(args.out, f"{args.objective}.pt")
     fill_defaults(args, names, recipe)
+    if args.monitor_task:
+        import route
+        args.monitor_task = route.open_task(args.monitor_task, args.image_size)
     arguments = {k: v for k, v in vars(args).items() if k not in RUN_ONLY}
     arguments["images"] = fingerprint("\n".join(names).encode("utf-8", "surrogateescape"))
     if clusters is not None:
