@@ -515,8 +515,8 @@ def train(model, args, names, clusters, groups, device, path, arguments):
     batches = training_batches(parts_of, range(first, steps), pixels, Crops(args.data, names, None),
                                args.image_size, args.blur, device, args.workers)
     ddp = model
-    if sdrnet.world_size() > 1:                        # not all heads are used in every phase
-        ddp = DistributedDataParallel(model, find_unused_parameters=clusters is not None)
+    if sdrnet.world_size() > 1:                        # phase 0 leaves the heads of sub-nets alone
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
     began = shown = saved = time.time()
     for step, x, subs in batches:
         phase = 0 if clusters is None else phase_of(step, steps, args.phases)
@@ -539,6 +539,8 @@ def train(model, args, names, clusters, groups, device, path, arguments):
             left = (steps - done) / speed / 60
             log_line(path, {"step": done, "phase": phase, "epoch": done / per_epoch, "lr": rate,
                             **values, "steps/s": speed, "minutes left": left})
+            if min(values["std"], values.get("sub_std", 1.0)) < 0.1:
+                sdrnet.print0("warning: std is near 0: the features collapse; lower --lr")
         if args.monitor_task and done % max(1, steps // 10) == 0:
             monitor(model.net, args, done, device, path)
         if save or stop:

@@ -165,6 +165,12 @@ def test_processes_agree_across_the_border_of_phase_0(images, start, tmp_path):
 def test_features_of_processes_are_those_of_one(images, start, tmp_path):
     processes(2, "sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy")
     assert np.allclose(np.load(tmp_path / "f.npy"), np.load(start / "features.npy"), atol=1e-4)
+    processes(2, "pretrain.py", "--data", images / "images", "--out", tmp_path, *SMALL,
+              "--epochs", 0.25)
+    net, names = sdrnet.load_network(tmp_path / "simsiam.pt"), sdrnet.load_names(tmp_path / "images.txt")
+    crop = functools.partial(sdrnet.center_crop, size=16)
+    alone = sdrnet.embed(net, sdrnet.Images(images / "images", names, crop), torch.device("cpu"))
+    assert np.allclose(np.load(tmp_path / "features.npy"), alone, atol=1e-4)
 
 
 @pytest.mark.slow
