@@ -708,7 +708,7 @@ def report(result):
 RECIPES = {                                            # where no option says otherwise
     "voc": dict(batch_size=16, iterations=24000, lr=0.02, warmup=100, test_side=800, regions=512,
                 sides=list(range(480, 801, 32)), precise_bn=200, early_stop=1000),
-    "quick": dict(batch_size=8, iterations=400, lr=0.04, warmup=40, test_side=256, regions=64,
+    "quick": dict(batch_size=8, iterations=500, lr=0.04, warmup=50, test_side=256, regions=64,
                   sides=[256], precise_bn=20, early_stop=60),
 }
 RUN_ONLY = ("out", "device", "workers", "fresh")       # may change in a run
@@ -736,7 +736,7 @@ def build_parser():
     group.add_argument("--best", type=number(int, 2), default=4, help="sub-nets of --scores: 4")
     group.add_argument("--early-stop", type=number(int, 1), help="iterations: 1000; toy: 60")
     group = parser.add_argument_group("protocol")
-    group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 400 "
+    group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 500 "
                        "iterations of 8 images at 256 px, default for toy scenes")
     group.add_argument("--batch-size", type=number(int, 1), help="16; lr and iterations follow it")
     group.add_argument("--iterations", type=number(int, 1), help="24,000 x 16 / batch size")

@@ -166,11 +166,6 @@ def on_any(*flags):
     return (table > 0).tolist()
 
 
-def stop_requested():
-    """Whether SIGTERM, SIGINT or SIGHUP has come, to any process: save, then exit."""
-    return on_any(bool(CAUGHT))[0]
-
-
 @functools.cache
 def has_bf16(kind):
     """Whether this machine's "cpu" or "cuda" computes in bf16; emulated it would be slow."""

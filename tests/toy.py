@@ -136,7 +136,7 @@ def draw_scene(rng, side=128):
         if (inside & taken).any():
             continue
         taken |= inside
-        image[inside] = 0.9 * rng.integers(0, 256, 3) + 0.1 * image[inside]
+        image[inside] = 0.1 * image[inside] + rng.permutation((10, rng.integers(10, 220), 220))
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         box = columns[0] + 1, rows[0] + 1, columns[-1] + 1, rows[-1] + 1     # VOC counts from 1
         objects.append((name, int(size < 0.21), *box))
