@@ -636,6 +636,8 @@ RECIPES = {                                            # where no option says ot
                   epochs=100, batch_size=512, lr=0.05, weight_decay=1e-4, blur=0.5),
 }
 RUN_ONLY = ("data", "out", "device", "workers", "fresh", "monitor_task")     # may change in a run
+SDR_ONLY = ("shared", "subnets", "sub_batch", "distill", "kd_weight", "phases", "phases_literal",
+            "shared_heads")                            # mean nothing without clusters
 
 
 def read_phases(text):
@@ -678,7 +680,7 @@ def build_parser():
                        help="from W_0 to sub-nets; paper: siamkd")
     group.add_argument("--kd-weight", type=number(float, 0), default=1.0,
                        help="lambda: 1; paper: not given")
-    group.add_argument("--phases", type=read_phases, default="1,1,1,1,4",
+    group.add_argument("--phases", type=read_phases, default=[1.0, 1.0, 1.0, 1.0, 4.0],
                        help="shares of the steps of phases 0 to 4: 1,1,1,1,4; none: 0,0,0,0,1; "
                        "paper: not given")
     group.add_argument("--phases-literal", action="store_true",
@@ -799,7 +801,10 @@ def load_init(model, path):
 
 def run(args):
     """The command, from the options on."""
-    recipe = None
+    recipe, parser = None, build_parser()
+    for name in SDR_ONLY if args.clusters is None else ():
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} means nothing without --clusters")
     device = sdrnet.setup(args.device, args.seed)
     if args.data is None:
         recipe, args.data = "toy", os.path.join(sdrnet.toy_folder(), "images")
@@ -821,7 +826,8 @@ def run(args):
     if args.monitor_task:
         import route
         args.monitor_task = route.open_task(args.monitor_task, args.image_size)
-    arguments = {k: v for k, v in vars(args).items() if k not in RUN_ONLY}
+    left_out = RUN_ONLY if args.clusters else RUN_ONLY + SDR_ONLY
+    arguments = {k: v for k, v in vars(args).items() if k not in left_out}
     arguments["images"] = fingerprint("\n".join(names).encode("utf-8", "surrogateescape"))
     if clusters is not None:
         arguments["clusters"] = fingerprint(clusters.tobytes())

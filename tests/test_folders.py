@@ -301,6 +301,13 @@ def test_a_wrong_option_is_one_line(tmp_path, option):
     assert not (tmp_path / "out" / "simsiam.pt").exists()
 
 
+def test_options_of_subnets_are_refused_without_clusters(tmp_path):
+    data = write_images(tmp_path / "data", ["1.png", "2.png"])
+    for options in (("--kd-weight", 2), ("--phases", "0,0,0,0,1"), ("--shared-heads",)):
+        refused(pretrain, f"{options[0]} means nothing without --clusters", "--data", data, "--out",
+                tmp_path / "out", *TINY, *options)
+
+
 def test_accuracy_is_monitored_ten_times(tmp_path):
     data = write_images(tmp_path / "data", [f"{i}.png" for i in range(40)])
     task = write_images(tmp_path / "task", [f"{part}/{c}/{i}.png" for part in ("train", "test")

@@ -18,7 +18,7 @@ import sdrnet
 import toy
 from conftest import ROOT
 
-SMALL = ["--width", "8", "--no-small-stem", "--head", "32", "--batch-size", "16", "--sub-batch", "8",
+SMALL = ["--width", "8", "--no-small-stem", "--head", "32", "--batch-size", "16",
          "--image-size", "16", "--lr", "0.1", "--amp", "off", "--workers", "0"]
 
 
@@ -90,7 +90,7 @@ def start(images, tmp_path_factory):
 def sdr(images, start, out, *more):
     """The arguments of an SDR run of 24 steps, of which the first 3 are phase 0."""
     return ["pretrain.py", "--data", images / "images", "--out", out, *SMALL, "--epochs", 2,
-            "--clusters", start / "clusters.npy", "--init", start / "simsiam.pt", *more]
+            "--sub-batch", 8, "--clusters", start / "clusters.npy", "--init", start / "simsiam.pt", *more]
 
 
 @pytest.mark.slow
