@@ -7,9 +7,9 @@
     python detect_voc.py --voc mine --train train --test val --recipe quick
 
 In the paper's terms (SDR, AAAI 2022, "deployment"): the backbone is a sub-net W_i, and the whole
-detector is fine-tuned. Which of several it is, early stopping says: each of the --best sub-nets of
-a scores.npy trains for --early-stop iterations on four fifths of the training images, the rest
-judges, and the best starts over on all of them. --random keeps the shape alone: the control.
+detector is fine-tuned. Which of several it is, early stopping says: each of several --backbone, or
+of the --best sub-nets of a scores.npy, trains for --early-stop iterations on four fifths of the
+training images, the rest judges, and the best starts over on all. --random keeps the shape alone.
 
 Detector (C4): stages 1 to 3 of the ResNet -> proposals (RPN) -> RoIAlign -> stage 4, one more
 BatchNorm, mean -> class and box. Nothing is frozen, BatchNorm counts all processes.
@@ -38,6 +38,8 @@ What still differs from the published code (MoCo's detection/, on detectron2):
   - a batch is padded to multiples of 32 pixels and takes images as they come; there to its largest
     image, and portraits and landscapes are not mixed
   - BatchNorm weighs processes by their number of values; there equally
+  - bf16 inside backbone and head where the hardware has it (--amp off: fp32)
+  - --recipe quick, not as published: a tenth of the proposals, RoIAlign 7x7, 64 regions
 The same as there: objects marked difficult are trained on, and ignored by the evaluation; images
 without objects are not trained on; anchors of 32 to 512 pixels by 1:2, 1:1, 2:1; 12,000 proposals
 before and 2,000 after suppression (6,000 and 1,000 in testing); 512 regions an image, a quarter of
@@ -98,18 +100,21 @@ def box_iou(a, b):
 
 
 def match_voc(iou, difficult, threshold):
-    """VOC's rule on one image and class. iou (n, k): n detections, highest score first, with k
-    objects; difficult (k,). Returns int (n,): 1 true, 0 false, -1 does not count.
+    """VOC's rule on one image and class. iou: a row for each detection, highest score first, of its
+    overlaps with the k objects; difficult: k flags. Returns a list: 1 true, 0 false, -1 ignored.
 
     A detection belongs to the object it overlaps most, found before or not. On a difficult object
     it does not count; else an object's first detection is true, all others are false."""
-    verdict, found = np.zeros(len(iou), int), set()
-    for d in np.flatnonzero(iou.max(1) > threshold):
-        best = int(iou[d].argmax())                    # of equal ones the first
-        if difficult[best]:
-            verdict[d] = -1
-        elif best not in found:
-            verdict[d] = 1
+    verdict, found = [], set()
+    for row in iou:
+        most = max(row)
+        best = row.index(most)                         # of equal ones the first
+        if most <= threshold:
+            verdict.append(0)
+        elif difficult[best]:
+            verdict.append(-1)
+        else:
+            verdict.append(0 if best in found else 1)
             found.add(best)
     return verdict
 
@@ -118,17 +123,21 @@ def match_coco(iou, difficult, threshold):
     """COCO's rule; arguments and result as in match_voc.
 
     A detection takes the object it overlaps most of those still free: a difficult one only if there
-    is no other, and then it does not count."""
-    verdict, free = np.zeros(len(iou), int), np.ones(len(difficult), bool)
-    for d in np.flatnonzero(iou.max(1) >= threshold):
-        for kind, outcome in ((~difficult, 1), (difficult, -1)):
-            wanted = np.where(free & kind & (iou[d] >= threshold), iou[d], -1)
-            if wanted.max() >= 0:
-                best = len(wanted) - 1 - wanted[::-1].argmax()         # of equal ones the last
-                free[best] = False
-                verdict[d] = outcome
+    is no other, and then it does not count. Beyond the 100 best of an image none counts."""
+    verdict, free = [], sorted(range(len(difficult)), key=difficult.__getitem__)
+    for row in iou[:100]:
+        best = None
+        for k in free:                                 # difficult ones come last
+            if best is not None and difficult[k] > difficult[best]:
                 break
-    return verdict
+            if row[k] >= (threshold if best is None else row[best]):
+                best = k                               # of equal ones the last
+        if best is None:
+            verdict.append(0)
+        else:
+            verdict.append(-1 if difficult[best] else 1)
+            free.remove(best)
+    return verdict + [-1] * len(iou[100:])
 
 
 def precision_recall(verdict):
@@ -181,16 +190,16 @@ def evaluate(truth, found, classes):
         mine = {key: value[order] for key, value in mine.items()}
         verdict = {match: np.zeros((10, len(order)), int) for match in (match_coco, match_voc)}
         images, first, count = np.unique(mine["image"], return_index=True, return_counts=True)
-        verdict[match_coco][:, np.arange(len(order)) - first.repeat(count) >= 100] = -1
         for image, a, n in zip(images, first, count):
             here = objects["image"] == image
-            if not here.any():                         # all false, as they stand
+            if not here.any():                         # all are false, as they stand
+                verdict[match_coco][:, a + 100:a + n] = -1
                 continue
-            iou = box_iou(mine["box"][a:a + n], objects["box"][here])
-            hard = objects["difficult"][here]
-            for t, threshold in enumerate(thresholds):
-                verdict[match_voc][t, a:a + n] = match_voc(iou, hard, threshold)
-                verdict[match_coco][t, a:a + min(n, 100)] = match_coco(iou[:100], hard, threshold)
+            iou = box_iou(mine["box"][a:a + n], objects["box"][here]).tolist()
+            difficult = objects["difficult"][here].tolist()
+            for match, values in verdict.items():
+                for t, threshold in enumerate(thresholds.tolist()):
+                    values[t, a:a + n] = match(iou, difficult, threshold)
         ranked = np.argsort(-mine["score"], kind="stable")
         for rule, (match, average) in rules.items():
             for t in range(10):
@@ -233,7 +242,7 @@ def read_annotation(path):
             difficult.append(hard == "true" or hard not in ("", "false") and float(hard) > 0)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file, though ImageSets names it") from None
-    except (ElementTree.ParseError, TypeError, ValueError, KeyError, UnicodeError) as error:
+    except (ElementTree.ParseError, TypeError, ValueError, LookupError) as error:
         raise InputError(f"{path} is no VOC annotation ({sdrnet.first_line(error)})") from None
     size = (int(width), int(height)) if width and height else None
     return size, np.array(boxes).reshape(-1, 4), names, np.array(difficult, bool)
@@ -243,7 +252,8 @@ def find_image(folder, name):
     """JPEGImages/name with any of the endings that images have, in any case. Raises InputError."""
     stem = os.path.join(folder, "JPEGImages", name)
     for path in sorted(glob.glob(glob.escape(stem) + ".*")):
-        if path.lower().endswith(sdrnet.SUFFIXES):
+        same = os.path.splitext(path)[0] == stem       # a.b.jpg is not an image of the name a
+        if same and path.lower().endswith(sdrnet.SUFFIXES):
             return path
     raise InputError(f"{stem}.jpg (.png, ...): there is no such image, though ImageSets names it")
 
@@ -255,7 +265,7 @@ def clip_boxes(boxes, size, path):
     boxes = boxes - (1, 1, 0, 0)
     inside = boxes.clip(0, (width, height, width, height))
     for box, kept in zip(boxes, inside):
-        if (box[2:] <= box[:2]).any():
+        if not (box[2:] > box[:2]).all():              # so that "nan" is none either
             raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} has no area")
         if np.abs(box - kept).max() > 1 or (kept[2:] <= kept[:2]).any():
             raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} is outside of its image "
@@ -314,7 +324,7 @@ class VOC(Dataset):
             image = self.pixels(i)
         except Exception as error:                     # PIL raises nearly anything on a bad file
             return f"{self.paths[i]} cannot be read as an image ({sdrnet.first_line(error)})"
-        scale = min(side / min(image.size), LONGEST / 800 * side / max(image.size))
+        scale = min(side / min(image.size), LONGEST / max(image.size))
         width, height = (max(1, round(length * scale)) for length in image.size)
         image = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
         boxes = self.boxes[i] * np.tile(np.divide((width, height), self.sizes[i]), 2)
@@ -337,15 +347,13 @@ def image_size(path, said):
     where its annotation's size fits the raster as it lies only. Raises InputError."""
     try:
         with Image.open(path) as image:
-            raw, turned = image.size, ImageOps.exif_transpose(image)
-            orientation = image.getexif().get(0x0112, 1)
+            raw, orientation = image.size, image.getexif().get(0x0112, 1)
     except Exception as error:                         # PIL raises nearly anything on a bad file
         reason = sdrnet.first_line(error)
         raise InputError(f"{path} cannot be read as an image ({reason})") from None
-    if orientation == 1 or said == raw != turned.size:
-        size, turns = raw, False
-    else:
-        size, turns = turned.size, True
+    turned = raw[::-1] if orientation in (5, 6, 7, 8) else raw         # quarter turns
+    turns = orientation in range(2, 9) and not said == raw != turned
+    size = turned if turns else raw
     if said not in (None, size):
         raise InputError(f"{path} has {size[0]} x {size[1]} pixels, and its annotation says "
                          f"{said[0]} x {said[1]}")
@@ -363,11 +371,13 @@ def read_split(voc, sets):
         if not os.path.isfile(path):
             raise InputError(f"no {path}: name VOCdevkit with --voc, the split as in 2007:test; or "
                              "a folder with ImageSets/Main, the split as in test")
-        lines = [line.split()[0] for line in sdrnet.load_names(path) if line.split()]
+        known = os.path.join(folder, "Annotations", "{}.xml").format
+        lines = [line.strip() for line in sdrnet.load_names(path) if line.strip()]
+        lines = [line if os.path.exists(known(line)) else line.split()[0] for line in lines]
         names = [os.path.basename(line.replace("\\", "/")) for line in lines]
-        known = (name if not name.lower().endswith(sdrnet.SUFFIXES) else os.path.splitext(name)[0]
-                 for name in names)
-        entries += [(folder, name) for name in known]
+        names = [name if not name.lower().endswith(sdrnet.SUFFIXES) else os.path.splitext(name)[0]
+                 for name in names]
+        entries += [(folder, name) for name in names]
         if not names:
             raise InputError(f"{path} names no image")
     return entries
@@ -450,6 +460,8 @@ def build_detector(net, classes, side=800, regions=512, amp="auto"):
         rpn_pre_nms_top_n_test=500 if few else 6000,
         rpn_post_nms_top_n_test=150 if few else 1000,
         box_batch_size_per_image=regions, box_nms_thresh=0.5, box_detections_per_img=100)
+    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.01)      # as published
+    nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.001)
     model.roi_heads.box_roi_pool = RegionPool(7 if few else 14, 1 / stride, 0, aligned=True)
     transform = model.transform
     model.transform = AsTheyCome(1, 1, transform.image_mean, transform.image_std)
@@ -491,13 +503,19 @@ def copy_backbone(source, path=None, random=False):
 
 # ------------------------------------------------------------------------------------ training
 
+@functools.lru_cache(2)
+def permutation(seed, epoch, count):
+    """The order of an epoch's images."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(count)
+
+
 def training_items(step, seed, usable, batch, sides):
     """[(image, short side, mirrored), ...] of a step's whole batch: the next of an endless row of
     epochs, each a permutation; a function of (seed, step, position)."""
     items = []
     for place in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(place, len(usable))
-        order = np.random.default_rng([seed, 1, epoch]).permutation(len(usable))
+        order = permutation(seed, epoch, len(usable))
         rng = np.random.default_rng([seed, 2, place])
         items.append((int(usable[order[at]]), int(rng.choice(sides)), bool(rng.random() < 0.5)))
     return items
@@ -509,12 +527,14 @@ def training_batches(data, indices, args, first, last, device):
     usable = [i for i in indices if len(data.boxes[i])]
     share = args.batch_size // sdrnet.world_size()
     mine = slice(share * sdrnet.rank(), share * (sdrnet.rank() + 1))
-    items = [training_items(step, args.seed, usable, args.batch_size, args.sides)[mine]
-             for step in range(first, last)]
-    loaded = sdrnet.load_batches(data, items, args.workers)
-    for step, batch, samples in zip(range(first, last), items, loaded):
+
+    def items(step):
+        return training_items(step, args.seed, usable, args.batch_size, args.sides)[mine]
+
+    loaded = sdrnet.load_batches(data, map(items, range(first, last)), args.workers)
+    for step, samples in zip(range(first, last), loaded):
         images = [image.to(device).float() / 255 for image, _ in samples]
-        labels = [torch.from_numpy(data.labels[i] + 1).to(device) for i, _, _ in batch]
+        labels = [torch.from_numpy(data.labels[i] + 1).to(device) for i, _, _ in items(step)]
         targets = [{"boxes": boxes.to(device), "labels": label}
                    for (_, boxes), label in zip(samples, labels)]
         yield step, images, targets
@@ -530,9 +550,14 @@ def losses_of(model, images, targets, seed, step):
 
 
 def learning_rate(step, base, iterations, warmup):
-    """Linear warm-up; a tenth after 3/4, a hundredth after 11/12 of the iterations."""
-    drops = (step >= iterations * 3 / 4) + (step >= iterations * 11 / 12)
-    return base * 0.1 ** int(drops) * min(1.0, (step + 1) / max(1, warmup))
+    """Linear warm-up from a thousandth; a tenth after 3/4, a hundredth after 11/12 of the steps."""
+    rate = base
+    if step < warmup:
+        rate = base * (0.001 + 0.999 * step / warmup)
+    for share in (3 / 4, 11 / 12):
+        if step >= iterations * share:
+            rate = rate / 10
+    return rate
 
 
 def make_optimizer(model, weight_decay=1e-4):
@@ -626,7 +651,7 @@ def detect(model, data, indices, args, device):
             "score": table[:, 2], "box": table[:, 3:]}
 
 
-def early_stopping(candidates, data, args, device, path):
+def early_stopping(candidates, data, args, device, path, arguments):
     """The paper's choice for detection: each candidate (name, source, path) trains for
     args.early_stop iterations on four fifths of the training images, the rest judges.
 
@@ -634,10 +659,12 @@ def early_stopping(candidates, data, args, device, path):
     order = np.random.default_rng([args.seed, 3]).permutation(len(data))
     count = max(1, round(HELD_OUT * len(data)))
     held, rest = order[:count].tolist(), order[count:].tolist()
-    table = {}
+    content = {"arguments": arguments, "table": {}}
     if os.path.exists(path):
         with open(path) as file:
-            table = json.load(file)
+            content = json.load(file)
+        sdrnet.refuse_changes(content["arguments"], arguments, path)
+    table = content["table"]
     for name, source, digits in candidates:
         if name in table:
             continue
@@ -649,7 +676,7 @@ def early_stopping(candidates, data, args, device, path):
         result = summary(evaluate(data.truth(held), found, len(data.classes)), data.classes)["coco"]
         table[name] = {"AP": result["AP"], "AP50": result["AP50"]}
         if sdrnet.rank() == 0:
-            text = json.dumps(table, indent=1)
+            text = json.dumps(content, indent=1)
             sdrnet.save_file(path, lambda file: file.write(text.encode()))
     ranked = sorted(candidates, key=lambda candidate: -table[candidate[0]]["AP"])
     sdrnet.print0(f"after {args.early_stop} iterations, on {len(held)} held-out training images:")
@@ -679,7 +706,7 @@ def draw_detections(data, found, path, count=8, least=0.5, side=320):
         image = data.pixels(i)
         scale = side / max(image.size)
         image = image.resize([max(1, round(length * scale)) for length in image.size])
-        names = [f"{data.classes[k]}{' (difficult)' * int(hard)}"
+        names = [f"{data.classes[k]} (difficult)" if hard else data.classes[k]
                  for k, hard in zip(data.labels[i], data.difficult[i])]
         here = np.flatnonzero((found["image"] == i) & (found["score"] >= least))
         scored = [f"{data.classes[found['label'][d]]} {found['score'][d]:.2f}" for d in here]
@@ -729,7 +756,8 @@ def build_parser():
                        help="processes that read images; 0: this one does")
     group = parser.add_argument_group("backbone")
     group.add_argument("--out", default="runs/toy", help="folder of the run's files: runs/toy")
-    group.add_argument("--backbone", help="checkpoint; default: the sub-net routed best in <out>")
+    group.add_argument("--backbone", nargs="+", help="checkpoint; of several early stopping "
+                       "chooses one; default: the sub-net routed best in <out>")
     group.add_argument("--path", help="of its sub-net, as in 0,2,1,3")
     group.add_argument("--random", action="store_true", help="its shape alone: the control")
     group.add_argument("--scores", help="a scores.npy: early stopping chooses among its --best")
@@ -774,7 +802,7 @@ def list_candidates(args):
     """[(name, source, digits), ...]: the backbones to start from, one without --scores."""
     if args.scores:
         scores = np.load(args.scores) if os.path.isfile(args.scores) else None
-        source = args.backbone or os.path.join(args.out, "sdrnet.pt")
+        source = args.backbone[0] if args.backbone else os.path.join(args.out, "sdrnet.pt")
         groups = sdrnet.load_checkpoint(source, "sdrnet")["config"]["groups"]
         if scores is None or scores.shape != (groups ** 4,):
             raise InputError(f"--scores {args.scores}: no scores.npy of the {groups ** 4} sub-nets "
@@ -783,7 +811,7 @@ def list_candidates(args):
         paths = [",".join(map(str, sdrnet.index_to_path(int(index), groups))) for index in best]
         return [(f"sub-net {index}, path {path}", source, path) for index, path in zip(best, paths)]
     if args.backbone:
-        return [(args.backbone, args.backbone, args.path)]
+        return [(source, source, args.path) for source in args.backbone]
     files = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy")))
     if not files:
         raise InputError(f"no task was routed in {args.out}: run route.py, or name a --backbone")
@@ -832,7 +860,7 @@ def run(args):
     name, source, digits = candidates[0]
     if len(candidates) > 1:
         name, source, digits = early_stopping(candidates, data, args, device,
-                                              place("early_stopping.json"))
+                                              place("early_stopping.json"), arguments)
     everything = list(range(len(data)))
     model = make_detector(source, digits, data, args, device)
     train(model, data, everything, args, args.iterations, device, place("last.pt"), arguments)

@@ -205,6 +205,17 @@ def test_difficult_is_what_tools_write(tmp_path, text, hard):
         assert write_voc(tmp_path, xml).difficult[0].tolist() == [hard]
 
 
+def test_the_image_of_a_name_is_its_own(tmp_path):
+    write_voc(tmp_path, SQUARE.format(extra=""))
+    Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages" / "a.b.jpg")
+    data = detect_voc.VOC(detect_voc.read_split(str(tmp_path), "train"))
+    assert os.path.basename(data.paths[0]) == "a.jpg" and holds_its_object(data)
+    os.rename(tmp_path / "Annotations" / "a.xml", tmp_path / "Annotations" / "photo 1.xml")
+    os.rename(tmp_path / "JPEGImages" / "a.jpg", tmp_path / "JPEGImages" / "photo 1.jpg")
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("photo 1\n")
+    assert holds_its_object(detect_voc.VOC(detect_voc.read_split(str(tmp_path), "train")))
+
+
 def test_boxes_may_leave_the_image_by_a_pixel(tmp_path):
     data = write_voc(tmp_path, OBJECT.format(0, 0, 41, 31, name="x", extra=""))
     assert data.boxes[0].tolist() == [[0, 0, 40, 30]]
@@ -217,6 +228,7 @@ def box(*corners, name="x"):
 WRONG = {"no area": (box(9, 5, 3, 15), "a.xml: box [9.0, 5.0, 3.0, 15.0] has no area"),
          "outside": (box(1, 1, 44, 9), "is outside of its image of 40 x 30"),
          "no number": (box("one", 1, 4, 9), "a.xml is no VOC annotation"),
+         "nan": (box("nan", 1, 4, 9), "has no area"),
          "no name": ("<object></object>", "a.xml is no VOC annotation"),
          "no object": ("", "no image of the split has an object"),
          "not XML": ("<", "a.xml is no VOC annotation"),
@@ -301,9 +313,9 @@ def test_nothing_is_frozen_and_stage_4_is_the_head():
 
 
 def test_the_schedule_is_the_published_one():
-    steps = (49, 100, 17999, 18000, 22000)
+    steps = (0, 50, 100, 17999, 18000, 22000)
     rates = [detect_voc.learning_rate(step, 0.02, 24000, 100) for step in steps]
-    assert rates == pytest.approx([0.01, 0.02, 0.02, 0.002, 0.0002])
+    assert rates == pytest.approx([2e-5, 0.01001, 0.02, 0.02, 0.002, 0.0002])
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +353,7 @@ def test_early_stopping_chooses_and_the_best_starts_over(scenes, tmp_path, capsy
     options = arguments(scenes, tmp_path, "--scores", scenes / "task" / "scores.npy", "--best", 2,
                         "--early-stop", 2, "--backbone", scenes / "sdrnet.pt")
     run(*options)
-    table = json.loads((tmp_path / "detection" / "early_stopping.json").read_text())
+    table = json.loads((tmp_path / "detection" / "early_stopping.json").read_text())["table"]
     assert set(table) == {"sub-net 15, path 1,1,1,1", "sub-net 14, path 1,1,1,0"}
     metrics = json.loads((tmp_path / "detection" / "metrics.json").read_text())
     assert table[metrics["backbone"]]["AP"] == max(row["AP"] for row in table.values())
@@ -356,7 +368,8 @@ def test_early_stopping_chooses_and_the_best_starts_over(scenes, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(scenes, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_bit_for_bit(scenes, tmp_path, number):
     options = [str(option) for option in arguments(
         scenes, tmp_path / "a", "--backbone", scenes / "sdrnet.pt", "--path", "0,1,1,0")]
     run(*options)
@@ -366,10 +379,12 @@ def test_a_killed_run_goes_on_bit_for_bit(scenes, tmp_path):
     time.sleep(0.1)
     while "loaded" not in process.stdout.readline():   # training begins
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate()
-    state = torch.load(tmp_path / "b" / "detection" / "last.pt", weights_only=True)
-    assert process.returncode == 143 and 0 < state["step"] < 4
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    if number == signal.SIGTERM:
+        state = torch.load(tmp_path / "b" / "detection" / "last.pt", weights_only=True)
+        assert 0 < state["step"] < 4
     run(*options)
     a, b = (torch.load(tmp_path / name / "detection" / "detector.pt", weights_only=True)["model"]
             for name in ("a", "b"))
