@@ -132,7 +132,7 @@ def load_features(path):
 
     Raises InputError where it is not that, a row is not finite, or all rows are alike."""
     try:
-        f = np.load(path, mmap_mode="r", allow_pickle=False)
+        f = np.lib.format.open_memmap(path, "r")       # np.load would open an archive too
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is not there or no plain .npy ({error}): run pretrain.py first, "
                          "or give --features") from None
@@ -146,7 +146,7 @@ def load_features(path):
             raise InputError(f"{path}: row {a + bad[0].item()} is not finite; mend or remove it")
         total += F.normalize(part).sum(0, dtype=torch.float64)
     mean = (total / len(f)).float()
-    if mean.norm() > 1 - 1e-6:
+    if mean.norm() > 1 - 1e-6 or not (mean.any() or np.any(f)):
         raise InputError(f"{path}: all rows point the same way, so there is nothing to cluster: "
                          "the network that made them has collapsed")
     return f, mean
@@ -162,6 +162,21 @@ def save(path, write):
         raise InputError(f"{path} cannot be written ({error.strerror})") from None
 
 
+def thumbnail(path, side):
+    """An image file as a square picture, RGBA; all of it transparent where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "FI":                  # 16 bits or more: stretched into 8
+                values = np.asarray(image, np.float32)
+                values = (values - values.min()) / max(np.ptp(values), 1e-9)
+                image = Image.fromarray((255 * values).astype(np.uint8))
+            return ImageOps.fit(image.convert("RGBA"), (side, side))
+    except Exception as error:                         # PIL raises nearly anything on a bad file
+        print(f"{path} is not shown ({error})")
+        return Image.new("RGBA", (side, side))
+
+
 def contact_sheet(S, clusters, names, folder, path, rows=24, columns=12, tile=64):
     """A picture: a row a cluster (at most `rows` of them), the images of the highest score S (N, k)
     first. names: of the images in `folder`, line i being row i of S."""
@@ -172,16 +187,15 @@ def contact_sheet(S, clusters, names, folder, path, rows=24, columns=12, tile=64
         members = np.flatnonzero(clusters == cluster)
         nearest = members[np.argsort(-S[members, cluster].numpy(), kind="stable")[:columns]]
         for x, i in enumerate(nearest):
-            with Image.open(os.path.join(folder, names[i])) as image:
-                picture = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (tile, tile))
-            sheet.paste(picture, (x * (tile + 2), y * (tile + 2)))
+            picture = thumbnail(os.path.join(folder, names[i]), tile)
+            sheet.paste(picture, (x * (tile + 2), y * (tile + 2)), picture)
     save(path, functools.partial(sheet.save, format="PNG"))
 
 
 def read_listing(path, count):
     """images.txt: the name of each of `count` rows. Raises InputError where the count differs."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        names = file.read().splitlines()
+        names = [line.rstrip("\n") for line in file]   # splitlines would split at U+2028 too
     if len(names) != count:
         raise InputError(f"{path} has {len(names):,} lines, and the features have {count:,} rows: "
                          "they are of different runs")
@@ -208,8 +222,8 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="of the start and the shuffling: 0")
     args = parser.parse_args()
     for name in ("k", "eps", "temperature", "epochs", "lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)}: a number above 0 is needed")
+        if not 1e-6 <= getattr(args, name) <= 1e6:     # beyond, float32 overflows
+            parser.error(f"--{name} {getattr(args, name)}: a number from 1e-6 to 1e6 is needed")
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: a number from 0 on is needed")
     return parser, args
@@ -222,6 +236,10 @@ def run(args):
     f, mean = load_features(path)
     if args.k > len(f):
         raise InputError(f"--k {args.k}: {path} has {len(f):,} rows only")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {args.out} cannot be made ({error.strerror})") from None
     listing, names = os.path.join(args.out, "images.txt"), None
     if os.path.exists(listing):
         names = read_listing(listing, len(f))
@@ -244,7 +262,6 @@ def run(args):
               "order": args.order, "seed": args.seed, "marginal_error": error,
               "objective": objective(U, S, args.eps), "command": " ".join(sys.argv),
               "feature_mean": mean.tolist()}
-    os.makedirs(args.out, exist_ok=True)
     place = functools.partial(os.path.join, args.out)
     save(place("centroids.npy"), functools.partial(np.save, arr=C.numpy()))
     save(place("clusters.npy"), functools.partial(np.save, arr=clusters))

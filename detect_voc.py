@@ -846,7 +846,7 @@ def run(args):
     place = functools.partial(os.path.join, folder)
     arguments = {key: value for key, value in vars(args).items() if key not in RUN_ONLY}
     if sdrnet.rank() == 0:
-        os.makedirs(folder, exist_ok=True)
+        sdrnet.make_folder(folder)
         for name in ("metrics.json", "early_stopping.json", "last.pt") if args.fresh else ():
             if os.path.exists(place(name)):
                 os.remove(place(name))
@@ -864,6 +864,7 @@ def run(args):
     everything = list(range(len(data)))
     model = make_detector(source, digits, data, args, device)
     train(model, data, everything, args, args.iterations, device, place("last.pt"), arguments)
+    sdrnet.catch_signals(False)                        # the last step is saved
     recalibrate_bn(model, data, everything, args, device)
     found = detect(model, tests, list(range(len(tests))), args, device)
     truth = tests.truth(range(len(tests)))

@@ -568,6 +568,7 @@ def monitor(net, args, step, device, path):
 def finish(model, kind, args, names, clusters, groups, device, origin, final):
     """Statistics for inference, features.npy (SimSiam and BYOL), then the checkpoint `final`, whose
     existence so vouches for the rest."""
+    sdrnet.catch_signals(False)                        # the last step is saved
     net = model.net
     crop = functools.partial(sdrnet.center_crop, size=args.image_size)
     images = sdrnet.Images(args.data, names, crop)
@@ -699,7 +700,8 @@ def build_parser():
     group.add_argument("--weight-decay", type=number(float, 0), help="SimSiam: 1e-4")
     group.add_argument("--blur", type=number(float, 0, 1), help="its probability; SimSiam: 0.5")
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="of everything drawn: 0")
+    group.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
+                       help="of everything drawn: 0")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                        help="auto: cuda where there is one")
     group.add_argument("--amp", choices=("auto", "off"), default="auto",
@@ -744,7 +746,7 @@ def fingerprint(data):
 def load_indices(path, option):
     """An .npy of integers, int64 (N,). Raises InputError."""
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.lib.format.open_memmap(path, "r")       # np.load would open an archive too
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{option} {path} is not there or no plain .npy "
                          f"({sdrnet.first_line(error)})") from None
@@ -786,7 +788,7 @@ def load_init(model, path):
     """--init: backbone, and where the file is of ours the heads of W_0, all of them."""
     message = sdrnet.load_weights(model.net.resnet, path)
     content = sdrnet.read_torch_file(path)
-    heads = content.get("heads", {})
+    heads = content.get("heads", {}) if "kind" in content else {}
     for name in ("projector", "predictor") if heads else ():
         try:
             getattr(model, name).load_state_dict(heads[name])
@@ -823,6 +825,9 @@ def run(args):
         clusters, groups = load_clusters(args.clusters, names)
         args.init = args.init or os.path.join(args.out, f"{args.objective}.pt")
     fill_defaults(args, names, recipe)
+    if args.clusters and args.width * (1 - args.shared) / groups < 1:
+        raise InputError(f"{args.clusters} needs {groups} groups a stage, and --width {args.width} "
+                         f"with --shared {args.shared:g} has no channel for each")
     if args.monitor_task:
         import route
         args.monitor_task = route.open_task(args.monitor_task, args.image_size)
@@ -863,12 +868,12 @@ def start_folder(args, names, arguments, final, last):
     if os.path.exists(listing):
         compare_listings(listing, names)
     if os.path.exists(final):
-        origin = sdrnet.load_checkpoint(final)["origin"]
-        sdrnet.refuse_changes(origin["arguments"], arguments, final)
+        origin = sdrnet.load_checkpoint(final).get("origin", {})
+        sdrnet.refuse_changes(origin.get("arguments", {}), arguments, final)
         sdrnet.print0(f"{final} is finished; --fresh trains it anew")
         return False
     if sdrnet.rank() == 0:
-        os.makedirs(args.out, exist_ok=True)
+        sdrnet.make_folder(args.out)
         sdrnet.save_names(listing, names)
     return True
 

@@ -29,6 +29,7 @@ Deviations from the paper: it does not say on which images the kNN scores are ta
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -356,7 +357,7 @@ def near_duplicates(train):
 def route_task(net, task, args, device):
     """Scores, chooses, reports and writes one task. Returns result.json's content."""
     folder = os.path.join(args.out, task.name)
-    os.makedirs(folder, exist_ok=True)
+    sdrnet.make_folder(folder)
     train, test = task_features(net, task, device, args.amp, args.workers)
     score, test_score = knn_accuracy(train, test, task, args.k)
     result = {"task": task.name, "metric": task.metric, "k": args.k, "temperature": 0.07,
@@ -471,6 +472,9 @@ def cluster_images(args, index, count):
     if index is None or not all(map(os.path.exists, files)) or not os.path.isdir(args.data):
         return []
     clusters, names = np.load(files[0]), sdrnet.load_names(files[1])
+    if hashlib.sha256(clusters.astype(np.int64).tobytes()).hexdigest()[:16] != args.trained_on:
+        print(f"{files[0]} is not what {args.network} was trained on: its images are not shown")
+        return []
     members = np.flatnonzero(clusters == index)
     members = members[np.linspace(0, len(members) - 1, min(count, len(members))).astype(int)]
     crop = functools.partial(sdrnet.center_crop, size=args.image_size)
@@ -552,9 +556,12 @@ def build_parser():
 def run(args):
     """The command, from the options on."""
     device = sdrnet.setup(args.device)
+    sdrnet.catch_signals(False)
     args.network = args.network or os.path.join(args.out, "sdrnet.pt")
     net = sdrnet.load_network(args.network).to(device)
-    args.image_size = sdrnet.load_checkpoint(args.network)["image_size"]
+    content = sdrnet.load_checkpoint(args.network)
+    args.image_size = content["image_size"]
+    args.trained_on = content.get("origin", {}).get("arguments", {}).get("clusters")
     if not args.task:
         folder = os.path.join(sdrnet.toy_folder(), "tasks")
         args.task = sorted(entry.path for entry in os.scandir(folder))

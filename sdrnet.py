@@ -138,13 +138,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CAUGHT = []                                            # those that came
 
 
+def note_signal(number, frame):
+    """A signal's handler: training looks at CAUGHT after each step, saves, and ends."""
+    CAUGHT.append(number)
+
+
+def catch_signals(catch=True):
+    """From here on signals are noted; catch False, where nothing is to be saved: they end the
+    process at once. A SIGHUP that nohup has switched off stays so."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note_signal if catch else signal.SIG_DFL)
+
+
 def setup(device="auto", seed=0):
     """Device, process group (as torchrun's environment says), signals, seed; returns the device.
 
     Raises InputError where CUDA is asked for and there is none."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: CAUGHT.append(number))
+    catch_signals()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -575,6 +587,14 @@ def save_file(path, write):
         raise InputError(f"{path} cannot be written ({first_line(error)})") from None
 
 
+def make_folder(path):
+    """A folder and those above it, where missing. Raises InputError where that cannot be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {path} cannot be made ({error.strerror})") from None
+
+
 def save_checkpoint(path, content):
     """Writes a dict of tensors and plain values as one file."""
     save_file(path, functools.partial(torch.save, content))
@@ -653,8 +673,10 @@ def load_weights(net, path):
     for key in ("backbone", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    items = state.items() if isinstance(state, dict) else ()
+    state = {key: value for key, value in items if torch.is_tensor(value)}
     keys = [key for key in state if str(key).endswith("conv1.weight")]
-    if not isinstance(state, dict) or not keys:
+    if not keys:
         raise InputError(f"{path} holds no ResNet's weights: no key ends in conv1.weight")
     wanted = {key: value for key, value in net.state_dict().items() if not key.startswith("fc.")}
     needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
@@ -690,6 +712,7 @@ def list_images(folder, leave_out=None):
         raise InputError(f"{folder} holds the images and is the output: give another --out")
     names, left_out = [], []
     for where, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()                                 # of two links to a folder always the first
         real, inside = os.path.realpath(where), os.path.relpath(where, folder)
         if real in seen or os.path.basename(inside).startswith(".") and inside != ".":
             left_out.append(inside)
@@ -699,7 +722,8 @@ def list_images(folder, leave_out=None):
         for name in files:
             is_image = name.lower().endswith(SUFFIXES) and not name.startswith(".")
             place = os.path.normpath(os.path.join(inside, name))
-            (names if is_image and "\n" not in name else left_out).append(place)
+            one_line = "\n" not in place and "\r" not in place         # in images.txt
+            (names if is_image and one_line else left_out).append(place)
     if left_out:
         print0(f"{folder}: {len(left_out)} names left out (no image, begins with a dot, output, or "
                f"met before), such as {min(left_out)}")
@@ -714,6 +738,8 @@ def decode(path):
     16 bits become 8, floating point from 0 to 1 becomes 0 to 255, what is transparent is white.
     Raises what PIL raises on a damaged file, and ValueError for values without a known range."""
     with Image.open(path) as image:
+        if image.mode == "I" and image.format == "TIFF":
+            raise ValueError("32-bit integers have no known range: save it with 8 bits")
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "FI":
             values = np.asarray(image, np.float64)
@@ -828,10 +854,12 @@ def main():
     parser.add_argument("folder", help="images, at any depth")
     parser.add_argument("target", help="the .npy to write; the names go to a .txt beside it")
     parser.add_argument("--path", help="the sub-net of these digits, as in 0,2,1,3; default: W_0")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--workers", type=number(int, 0), default=2,
+                        help="processes that read images")
     args = parser.parse_args()
     try:
         device = setup()
+        catch_signals(False)
         net = load_network(args.checkpoint)
         net = net if args.path is None else net.extract(read_path(args.path, net))
         names = list_images(args.folder)
