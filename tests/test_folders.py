@@ -191,10 +191,14 @@ def test_images_of_all_shapes_are_cropped(size):
 
 # ------------------------------------------------------------------------------------ tasks
 
-def test_near_duplicates_are_warned_of(tmp_path):
+def test_near_duplicates_are_told():
     noise, film = torch.randn(30, 8), torch.randn(6, 8).repeat_interleave(5, 0)
-    assert route.near_duplicates(noise) < 0.98
-    assert route.near_duplicates(film + 0.01 * torch.randn(30, 8)) > 0.98
+    labels = torch.arange(6).repeat_interleave(5)
+    assert route.near_duplicates(noise, labels) < 0.1
+    film = film + 0.01 * torch.randn(30, 8)
+    assert route.near_duplicates(film, labels) > 0.9
+    assert route.near_duplicates(film, torch.arange(30)) == 0          # alike, of other classes
+    assert route.near_duplicates(film, torch.nn.functional.one_hot(labels)) > 0.9
 
 
 def test_nothing_is_chosen_among_equals():
@@ -222,7 +226,8 @@ def test_a_closed_terminal_saves_and_ends(tmp_path, number):
     data = write_images(tmp_path / "data", [f"{i}.png" for i in range(64)])
     command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", data, "--out",
                tmp_path / "out", *TINY, "--epochs", "10000"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     while "step" not in process.stdout.readline():
         assert process.poll() is None
     time.sleep(0.5)
