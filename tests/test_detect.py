@@ -351,13 +351,15 @@ def run(*options):
 @pytest.mark.slow
 def test_early_stopping_chooses_and_the_best_starts_over(scenes, tmp_path, capsys):
     options = arguments(scenes, tmp_path, "--scores", scenes / "task" / "scores.npy", "--best", 2,
-                        "--early-stop", 2, "--backbone", scenes / "sdrnet.pt")
+                        "--early-stop", 2, "--backbone", scenes / "sdrnet.pt",
+                        "--classes", "disc, square , star,triangle")
     run(*options)
     table = json.loads((tmp_path / "detection" / "early_stopping.json").read_text())["table"]
     assert set(table) == {"sub-net 15, path 1,1,1,1", "sub-net 14, path 1,1,1,0"}
     metrics = json.loads((tmp_path / "detection" / "metrics.json").read_text())
     assert table[metrics["backbone"]]["AP"] == max(row["AP"] for row in table.values())
     assert set(metrics["result"]) == {"coco", "voc_11_point", "voc_area"}
+    assert set(metrics["result"]["coco"]["classes"]) == {"disc", "square", "star", "triangle"}
     with Image.open(tmp_path / "detection" / "detections.png") as picture:
         assert picture.size[0] > 1000
     run(*options)
