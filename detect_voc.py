@@ -56,7 +56,8 @@ Out:  <out>/detection/metrics.json          every figure, per class too, and all
                       early_stopping.json   the table
                       last.pt               the state to go on from, bit for bit
 
-Measured: see tests/results/README.md.
+Measured on an AMD EPYC with AVX2, torch 2.14: without options, from the toy sub-net routed best, AP
+71.9, AP50 86.9 (coco), 86.6 (voc_11_point) in 18 minutes of CPU time on a busy machine.
 """
 import argparse
 import functools
@@ -831,6 +832,8 @@ def run(args):
         args.recipe = args.recipe or "quick"
         args.voc = os.path.join(sdrnet.toy_folder(), "VOCdevkit")
         args.train = "2007:trainval"
+        if "OMP_NUM_THREADS" not in os.environ:        # a second gains little on so small a network
+            torch.set_num_threads(1)
     fill_defaults(args)
     candidates = list_candidates(args)
     classes = [name.strip() for name in args.classes.split(",")] if args.classes else None
