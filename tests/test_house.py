@@ -1,5 +1,6 @@
 """The laws of the house: pieces that lift, arrows that point one way, sizes, help texts."""
 import ast
+import json
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import frozen
 from conftest import ROOT
 
 SCRIPTS = ("sdrnet", "cluster", "pretrain", "route", "detect_voc")
@@ -101,6 +103,15 @@ def test_paths_and_slices_lift():
     weight = torch.arange(24.0).view(4, 6)
     part = space["slice_weight"](weight, torch.tensor([0, 3]), torch.tensor([5]))
     assert part.tolist() == [[5.0], [23.0]] and space["slice_weight"](weight) is weight
+
+
+def test_average_precision_lifts():
+    space = lift("detect_voc", "box_iou", "match_voc", "match_coco", "precision_recall",
+                 "average_11_point", "average_area", "average_coco", "evaluate")
+    with open(os.path.join(ROOT, "tests", "fixtures", "average_precision.json")) as file:
+        wanted = json.load(file)
+    for rule, table in space["evaluate"](*frozen.detections(), 4).items():
+        assert 100 * np.nanmean(table) == pytest.approx(wanted[rule]["AP"], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------ laws
