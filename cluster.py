@@ -44,7 +44,7 @@ class InputError(Exception):
 
 # ------------------------------------------------------------------------------------ method
 
-def sinkhorn(S, eps, v, tolerance=0.01, most=1000, rows=65536):
+def sinkhorn(S, eps, v, tolerance=0.01, most=1000, rows=4096):
     """The balanced posterior of scores S (n, k): U (n, k), whose rows here sum to 1.
 
     v: float64 (k,), column potentials to start from. Each round solves the rows exactly, and then
@@ -64,11 +64,14 @@ def sinkhorn(S, eps, v, tolerance=0.01, most=1000, rows=65536):
 
 
 def centre(f, mean):
-    """Rows of features, array (n, D) -> unit length, less the mean (D,), unit length: float32."""
-    return F.normalize(F.normalize(torch.tensor(np.array(f, np.float32))) - mean)
+    """Rows of features, array (n, D) -> unit length, less the mean (D,), unit length: float32.
+
+    In float64 on the way: squares of large features overflow, and small differences drown."""
+    unit = F.normalize(torch.from_numpy(np.array(f, np.float64)), eps=1e-150)
+    return F.normalize(unit - mean).float()
 
 
-def scores(f, mean, C, rows=65536):
+def scores(f, mean, C, rows=8192):
     """S = F^T C: features (N, D), centroids (k, D) -> float32 (N, k)."""
     return torch.cat([centre(f[a:a + rows], mean) @ C.T for a in range(0, len(f), rows)])
 
@@ -128,7 +131,7 @@ def order_clusters(C, groups):
 # ------------------------------------------------------------------------------------ files
 
 def load_features(path):
-    """features.npy, memory-mapped: (N, D), and the mean of its rows at unit length, float32 (D,).
+    """features.npy, memory-mapped: (N, D), and the mean of its rows at unit length, float64 (D,).
 
     Raises InputError where it is not that, a row is not finite, or all rows are alike."""
     try:
@@ -139,14 +142,14 @@ def load_features(path):
     if f.ndim != 2 or f.dtype.kind != "f" or f.size == 0:
         raise InputError(f"{path} holds {f.dtype} of shape {f.shape}; floats (N, D) are needed")
     total = torch.zeros(f.shape[1], dtype=torch.float64)
-    for a in range(0, len(f), 65536):
-        part = torch.tensor(np.array(f[a:a + 65536], np.float32))
+    for a in range(0, len(f), 8192):
+        part = torch.from_numpy(np.array(f[a:a + 8192], np.float64))
         bad = (~torch.isfinite(part)).any(1).nonzero()
         if len(bad):
             raise InputError(f"{path}: row {a + bad[0].item()} is not finite; mend or remove it")
-        total += F.normalize(part).sum(0, dtype=torch.float64)
-    mean = (total / len(f)).float()
-    if mean.norm() > 1 - 1e-6 or not (mean.any() or np.any(f)):
+        total += F.normalize(part, eps=1e-150).sum(0)
+    mean = total / len(f)
+    if mean.norm() > 1 - 1e-12 or not (mean.any() or np.any(f)):
         raise InputError(f"{path}: all rows point the same way, so there is nothing to cluster: "
                          "the network that made them has collapsed")
     return f, mean
@@ -246,28 +249,31 @@ def run(args):
     print(f"{path}: {f.shape[0]:,} x {f.shape[1]} into {args.k}", flush=True)
     C = learn_centroids(f, mean, args.k, args.eps, args.temperature, args.epochs, args.lr,
                         seed=args.seed)
-    groups = round(args.k ** 0.25)
-    if args.order == "random":
-        C = C[torch.from_numpy(np.random.default_rng(args.seed).permutation(args.k))]
-    elif groups ** 4 == args.k:
+    groups, order = round(args.k ** 0.25), args.order
+    if groups ** 4 != args.k:
+        order = "random"
+        print(f"{args.k} is not g^4 (1, 16, 81, 256, ...): without an order, and not for sub-nets")
+    if order == "tree":
         C = C[order_clusters(C, groups).argsort()]     # so that row i is the centroid of index i
     else:
-        print(f"{args.k} is not g^4 (1, 16, 81, 256, ...): without an order, and not for sub-nets")
+        C = C[torch.from_numpy(np.random.default_rng(args.seed).permutation(args.k))]
     S = scores(f, mean, C)
     clusters = S.argmax(1).numpy()
     U, _, error, _ = sinkhorn(S, args.eps, torch.zeros(args.k, dtype=torch.float64))
     sizes = np.bincount(clusters, minlength=args.k)
     report = {"k": args.k, "images": len(f), "sizes": sizes.tolist(), "eps": args.eps,
               "temperature": args.temperature, "epochs": args.epochs, "lr": args.lr,
-              "order": args.order, "seed": args.seed, "marginal_error": error,
+              "order": order, "seed": args.seed, "marginal_error": error,
               "objective": objective(U, S, args.eps), "command": " ".join(sys.argv),
-              "feature_mean": mean.tolist()}
+              "torch": str(torch.__version__), "feature_mean": mean.tolist()}
     place = functools.partial(os.path.join, args.out)
     save(place("centroids.npy"), functools.partial(np.save, arr=C.numpy()))
     save(place("clusters.npy"), functools.partial(np.save, arr=clusters))
     save(place("clusters.json"), lambda file: file.write(json.dumps(report).encode()))
     print(f"sizes {sizes.min()}, median {np.median(sizes):.0f}, {sizes.max()}; marginal error "
           f"{error:.3f}; objective {report['objective']:.4f}; wrote {place('clusters.npy')}")
+    if error > 0.01:
+        print("warning: Sinkhorn did not reach a marginal error of 0.01: take a larger --eps")
     if (sizes == 0).any():
         print(f"{(sizes == 0).sum()} clusters hold no image; their sub-nets will not train")
     if names is None or not os.path.isdir(args.data):

@@ -128,6 +128,27 @@ def test_read_only_and_memory_mapped_arrays_give_no_warning(tmp_path):
         cluster.scores(f, mean, torch.randn(3, 16))
 
 
+@pytest.mark.parametrize("scale, shift", [(1e30, 0), (1e-30, 0), (1, 1000)])
+def test_features_of_any_scale_and_place_are_clustered(tmp_path, scale, shift):
+    f, kind = mixture(n=400, kinds=4)
+    np.save(tmp_path / "f.npy", (f + shift).astype(np.float64) * scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded, mean = cluster.load_features(tmp_path / "f.npy")
+        C = cluster.learn_centroids(loaded, mean, 4, batch=32)
+    found = cluster.scores(loaded, mean, C).argmax(1).numpy()
+    pure = sum(np.bincount(kind[found == i]).max() for i in np.unique(found)) / len(kind)
+    assert pure > 0.9
+
+
+def test_what_was_not_reached_is_said(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "features.npy", mixture(n=60)[0])
+    run(monkeypatch, "--out", tmp_path, "--k", 10, "--eps", 1e-6, "--epochs", 1)
+    printed = capsys.readouterr().out
+    assert "did not reach a marginal error of 0.01" in printed and "not g^4" in printed
+    assert json.loads((tmp_path / "clusters.json").read_text())["order"] == "random"
+
+
 def wrong(tmp_path):
     """{name: (array or None, options, what the line says)}"""
     f, _ = mixture(n=50)
