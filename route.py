@@ -393,8 +393,7 @@ def route_task(net, task, args, device):
     sdrnet.save_checkpoint(os.path.join(folder, "subnet.pt"), {
         "kind": "subnet", "config": plain.config, "image_size": args.image_size, "path": path,
         "backbone": plain.state_dict(), "origin": result["origin"]})
-    text = json.dumps(result, indent=1)
-    save(os.path.join(folder, "result.json"), lambda file: file.write(text.encode()))
+    save_json(os.path.join(folder, "result.json"), result)
     print_ranking(result, scores, tests, net.groups)
     draw_story(result, task, args, os.path.join(folder, "story.png"))
     plot_histogram(result, scores, os.path.join(folder, "histogram.png"))
@@ -402,13 +401,26 @@ def route_task(net, task, args, device):
 
 
 def compare_only(net, task, args, device):
-    """A network without sub-nets: its accuracy, as the `chosen` and `largest` of a result."""
+    """A network without sub-nets: writes and returns its accuracy, as the `largest` of a result."""
     train, test = task_features(net, task, device, args.amp, args.workers)
     score, test_score = knn_accuracy(train, test, task, args.k)
     largest = {"score": score, "test": test_score}
     if args.probe:
         largest["probe"], largest["probe_decay"] = probe_accuracy(train, test, task)
-    return {"task": task.name, "metric": task.metric, "largest": largest}
+    result = {"task": task.name, "metric": task.metric, "k": args.k, "temperature": 0.07,
+              "train_images": len(task.train), "test_images": len(task.test),
+              "classes": len(task.classes), "largest": largest,
+              "origin": {"command": " ".join(sys.argv), "network": args.network}}
+    folder = os.path.join(args.out, task.name)
+    sdrnet.make_folder(folder)
+    save_json(os.path.join(folder, "result.json"), result)
+    return result
+
+
+def save_json(path, content):
+    """Writes a dict as indented JSON."""
+    text = json.dumps(content, indent=1)
+    sdrnet.save_file(path, lambda file: file.write(text.encode()))
 
 
 # ------------------------------------------------------------------------------------ what is shown

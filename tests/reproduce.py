@@ -1,0 +1,334 @@
+"""reproduce.py - the paper's claims, run by the scripts' own command lines, tables and figures.
+
+    python tests/reproduce.py --pool toy                       # all rows, seeds 3 4 5: hours
+    python tests/reproduce.py --pool domains --packs PACKS --seeds 3 --only simsiam sdr
+    python tests/reproduce.py --pool domains --packs PACKS --seeds 10 --try lr="--lr 0.5"
+    python tests/reproduce.py --render                         # tables and figures from the lines
+
+Pools: toy (drawn); domains (PACKS/domains and PACKS/tiny-imagenet: signs, sketches, cartoons,
+hands, photographs); photographs (PACKS/tiny-imagenet, tasks PACKS/tin_tasks). A row is one run of
+pretrain.py and of route.py on all tasks of the pool; ROWS lists them, in the order in which they
+are run. All rows of a seed go on from its row `base`, SimSiam from scratch, and its clusters.
+
+Currencies. What SDR is compared with is SimSiam, continued from the same `base` for
+    epochs  as many images of the largest network as SDR's
+    images  as many images as SDR forwards with gradient, through any network
+    cost    as many images as take SDR's time; an SDR step costs 3.5 SimSiam steps (bench.py step)
+
+Resumable: a row whose line stands in tests/results/claims.jsonl is not run again, an unfinished one
+goes on from its last state in --work. --try writes to tests/results/tried.jsonl: settings are
+chosen on seeds 10 and 11 and on the tasks of TUNING, which no claim counts. A change of the method
+voids the lines of the commits before it: remove them.
+"""
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "results"
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+# ------------------------------------------------------------------------------------ what is run
+
+OPTIONS = ("--width 16 --no-small-stem --image-size 32 --head 512 --batch-size 64 --lr 0.24 "
+           "--weight-decay 5e-4 --blur 0")             # pretrain.py's toy recipe, for every pool
+SUB_SHARE = 7 / 8                                      # steps with sub-nets: phases 1 to 4 of 0 to 4
+SUB_COST = 1.25                                        # of a sub-net's image, in SimSiam images
+M = 2                                                  # sub-nets a step, B images each
+
+
+class Pool(NamedTuple):
+    """base, more: epochs of `base`, and of what goes on from it; kind_of: task -> its images' kind;
+    tuning: tasks that no claim counts."""
+    base: float
+    more: float
+    kind_of: dict
+    tuning: tuple = ()
+
+
+POOLS = {
+    "toy": Pool(20, 10, {"figures": "figures", "lands": "lands", "signs": "signs",
+                         "weaves": "weaves"}),
+    "domains": Pool(6, 4, {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon",
+                           "hands": "hands", "tin_mammals": "photos", "tin_vehicles": "photos",
+                           "tin_food": "photos"}, ("sketch", "hands", "tin_food")),
+    "photographs": Pool(5, 3, {"tin_mammals": "nature", "tin_arthropods": "nature",
+                               "tin_food": "nature", "tin_vehicles": "artefacts",
+                               "tin_clothes": "artefacts", "tin_places": "artefacts"},
+                        ("tin_arthropods", "tin_food")),
+}
+
+
+class Row(NamedTuple):
+    """epochs: of Pool.base, of Pool.more; start: the row whose network it starts from; clusters:
+    balanced, random (the same sizes), one (a single path for all images), or k; subset: a kind."""
+    text: str
+    epochs: tuple = (0, 1)
+    clusters: str = None
+    options: str = ""
+    start: str = "base"
+    subset: str = None
+
+
+IMAGES = 1 + M * SUB_SHARE                             # of SDR, in images of its largest network
+COST = 1 + M * SUB_SHARE * SUB_COST
+ROWS = {
+    "base": Row("SimSiam, where all go on from", (1, 0), start=None),
+    "simsiam": Row("SimSiam, equal epochs"),
+    "sdr": Row("SDR", clusters="balanced"),
+    "simsiam_images": Row("SimSiam, equal images", (0, IMAGES)),
+    "simsiam_cost": Row("SimSiam, equal cost", (0, COST)),
+    "no_kd": Row("SDR without SiamKD", clusters="balanced", options="--distill none"),
+    "shared_heads": Row("SDR, one set of heads", clusters="balanced", options="--shared-heads"),
+    "no_phases": Row("SDR without phases", clusters="balanced", options="--phases 0,0,0,0,1"),
+    "random": Row("SDR, random clusters of the same sizes", clusters="random"),
+    "one": Row("SDR, one path for all images (k = 1)", clusters="one"),
+    "narrow": Row("SimSiam, the sub-net's width throughout, from scratch", (1, 1),
+                  options="--width 12", start=None),
+    "l2": Row("SDR, L2 in SiamKD's place", clusters="balanced", options="--distill l2"),
+    "literal": Row("SDR, phases read literally", clusters="balanced", options="--phases-literal"),
+    "k81": Row("SDR, k = 81", clusters="81", options="--shared 0.4375"),
+    "k256": Row("SDR, k = 256", clusters="256", options="--shared 0.5"),
+    "k16": Row("SDR, k = 16, sub-nets of 5/8", clusters="balanced", options="--shared 0.25"),
+    "scratch": Row("SDR from scratch", (1, 1), clusters="balanced", start=None),
+    "scratch_no_phases": Row("SDR from scratch, without phases", (1, 1), clusters="balanced",
+                             options="--phases 0,0,0,0,1", start=None),
+    "base_byol": Row("BYOL, where its rows go on from", (1, 0), options="--objective byol",
+                     start=None),
+    "byol": Row("BYOL, equal epochs", options="--objective byol", start="base_byol"),
+    "sdr_byol": Row("SDR over BYOL", clusters="balanced", options="--objective byol",
+                    start="base_byol"),
+}
+
+
+def rows_of(pool):
+    """ROWS, and before SimSiam one for each kind of images alone, at equal images (the oracle)."""
+    rows = {"base": ROWS["base"]}
+    for kind in sorted(set(POOLS[pool].kind_of.values())):
+        rows[f"only_{kind}"] = Row(f"SimSiam on {kind} alone, equal images", subset=kind)
+    return rows | ROWS
+
+
+# ------------------------------------------------------------------------------------ pools
+
+def link_photographs(target, source, names):
+    """A folder of links to some of the photographs, named as they are."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        link = target / os.path.basename(name)
+        if not link.is_symlink():
+            link.symlink_to(source / name)
+
+
+def make_pool(pool, seed, packs, where):
+    """The images' folder, the tasks' folders {name: Path}, and a function: name -> kind."""
+    if pool == "toy":
+        import toy
+        if not (where / "toy/images").exists():
+            toy.draw(where / "toy", seed)
+        kinds = [world for world in toy.WORLDS for _ in toy.WORLDS[world]]
+        order = np.random.default_rng([seed, 8]).permutation(4096)     # as toy.draw mixes them
+        tasks = {name: where / "toy/tasks" / name for name in POOLS[pool].kind_of}
+        return where / "toy/images", tasks, lambda name: kinds[order[int(name[-10:-4])] % 32]
+    photographs = packs / "tiny-imagenet/images"
+    tin = {name: packs / "tin_tasks" / name for name in POOLS[pool].kind_of if "tin_" in name}
+    if pool == "photographs":
+        nature = set((packs / "tiny-imagenet/half_nature.txt").read_text().split())
+        return photographs, tin, lambda name: "nature" if name[:9] in nature else "artefacts"
+    images = where / "pool"
+    images.mkdir(parents=True, exist_ok=True)
+    for folder in (packs / "domains/pool").iterdir():
+        if not (images / folder.name).is_symlink():
+            (images / folder.name).symlink_to(folder)
+    names = (packs / "domains/photos.txt").read_text().split()
+    if not (images / "photos").exists():
+        link_photographs(images / "photos", photographs, names)
+    own = {path.name: path for path in (packs / "domains/tasks").iterdir()}
+    return images, own | tin, lambda name: name.split("/")[0]
+
+
+def make_clusters(row, base, target, seed, commands):
+    """The clusters.npy that a row trains on; k of another value than the base's are learned."""
+    if row.clusters == "balanced":
+        return base / "clusters.npy"
+    if row.clusters.isdecimal():
+        commands.append(["cluster.py", "--features", base / "features.npy", "--out", target,
+                         "--k", row.clusters, "--seed", seed])
+        return target / "clusters.npy"
+    clusters = np.load(base / "clusters.npy")
+    if row.clusters == "random":
+        clusters = np.random.default_rng([seed, 9]).permutation(clusters)
+    else:
+        clusters = np.full_like(clusters, 15)          # path (1, 1, 1, 1) of g = 2
+    np.save(target / "clusters.npy", clusters)
+    return target / "clusters.npy"
+
+
+# ------------------------------------------------------------------------------------ running
+
+def commands_of(name, row, pool, seed, where, packs, options):
+    """The scripts' command lines of a row, as lists; [] stands for what is not needed."""
+    images, tasks, kind_of = make_pool(pool, seed, packs, where)
+    base, target, commands = where / "base", where / name, []
+    target.mkdir(parents=True, exist_ok=True)
+    epochs = row.epochs[0] * POOLS[pool].base + row.epochs[1] * POOLS[pool].more
+    network = "byol.pt" if "byol" in row.options else "simsiam.pt"
+    train = ["pretrain.py", "--data", images, "--out", target, "--seed", seed, "--workers", 0,
+             *OPTIONS.split(), *row.options.split(), *options.split()]
+    if row.subset:
+        names = (base / "images.txt").read_text().splitlines()
+        members = [i for i, image in enumerate(names) if kind_of(image) == row.subset]
+        np.save(target / "subset.npy", members)
+        train += ["--subset", target / "subset.npy"]
+        epochs *= len(names) / len(members)
+    if row.clusters:
+        train += ["--clusters", make_clusters(row, base, target, seed, commands)]
+    start = where / row.start / network if row.start else "none"
+    commands.append([*train, "--epochs", f"{epochs:g}", "--init", start])
+    if name == "base":
+        commands.append(["cluster.py", "--out", target, "--data", images, "--seed", seed])
+    network = "sdrnet.pt" if row.clusters else network
+    commands.append(["route.py", "--out", target, "--network", target / network, "--data", images,
+                     "--workers", 0, "--max-train", 100000,
+                     *(part for task in tasks.values() for part in ("--task", task))])
+    return commands
+
+
+def run_row(name, row, pool, seed, where, packs, options, commit):
+    """Runs a row's commands, output to <where>/<name>/log.txt; returns its line, a dict."""
+    commands = commands_of(name, row, pool, seed, where, packs, options)
+    began, used = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    for command in commands:
+        command = [str(part) for part in command]
+        print(f"  {command[0]} -> {where / name}/log.txt", flush=True)
+        with open(where / name / "log.txt", "a") as log:
+            code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log,
+                                  stderr=subprocess.STDOUT).returncode
+        if code:
+            raise SystemExit(f"reproduce.py: error: {' '.join(command)} ended with {code}: see "
+                             f"{where / name}/log.txt")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
+    count = len((where / "base/images.txt").read_text().splitlines())
+    epochs = row.epochs[0] * POOLS[pool].base + row.epochs[1] * POOLS[pool].more
+    training = next(command for command in commands if command[0] == "pretrain.py")
+    line = {"pool": pool, "seed": seed, "row": name, "commit": commit,
+            "torch": str(torch.__version__), "machine": processor(), "cpu_minutes": used / 60,
+            "minutes": (time.time() - began) / 60, "epochs": epochs,
+            "images": epochs * count * (IMAGES if row.clusters else 1),
+            "command": " ".join(map(str, training)).replace(f"{where}/", ""),
+            "tasks": {task: read_result(where / name / task) for task in POOLS[pool].kind_of}}
+    if row.clusters:
+        line["clusters"] = describe_clusters(where, name, row, pool, seed, packs)
+        logs = [json.loads(text) for text in open(where / name / "sdrnet.log.jsonl")]
+        line["least_sub_std"] = min(log.get("sub_std", 9.0) for log in logs)
+    if options:
+        line["options"] = options
+    return line
+
+
+def processor():
+    """The processor's name and threads, for the lines."""
+    names = [text.split(":")[1].strip() for text in open("/proc/cpuinfo") if "model name" in text]
+    flags = open("/proc/cpuinfo").read()
+    kind = "bf16" if "avx512_bf16" in flags else "AVX2 or AVX-512, fp32"
+    return f"{names[0] if names else platform.machine()}, {kind}, one thread"
+
+
+def read_result(folder):
+    """A task's result.json, with what the scores of all sub-nets say: a flat dict of floats."""
+    result = json.loads((folder / "result.json").read_text())
+    line = {"largest": result["largest"]["test"], "images": result["test_images"]}
+    if "chosen" in result:
+        scores, tests = np.load(folder / "scores.npy"), np.load(folder / "test_scores.npy")
+        line |= {"routed": result["chosen"]["test"], "index": result["chosen"]["index"],
+                 "mean": result["mean"]["test"], "best": result["best_by_test"]["test"],
+                 "tests": [round(float(test), 2) for test in tests]}
+        if scores.std() > 0 and tests.std() > 0:
+            line["correlation"] = float(np.corrcoef(scores, tests)[0, 1])
+    return line
+
+
+def describe_clusters(where, name, row, pool, seed, packs):
+    """For each task the share of its chosen sub-net's images that are of the task's own kind."""
+    own = where / name / "clusters.npy"
+    clusters = np.load(own if own.exists() else where / "base/clusters.npy")
+    names = (where / "base/images.txt").read_text().splitlines()
+    kinds = np.array(list(map(make_pool(pool, seed, packs, where)[2], names)))
+    shares = {"sizes": np.bincount(clusters, minlength=16).tolist()}
+    for task, kind in POOLS[pool].kind_of.items():
+        index = read_result(where / name / task)["index"]
+        shares[task] = {"pool": float((kinds == kind).mean())}
+        if index is not None and (clusters == index).any():
+            shares[task]["chosen"] = float((kinds[clusters == index] == kind).mean())
+    return shares
+
+
+def read_lines(path):
+    """The lines of a .jsonl, none where it is not there."""
+    return [json.loads(text) for text in open(path)] if path.exists() else []
+
+
+def run(args):
+    """Rows outside, seeds inside: what is cut is the tail of ROWS."""
+    status = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                            capture_output=True, text=True)
+    commit, began = status.stdout.strip() or "unknown", time.time()
+    target = args.results / ("tried.jsonl" if args.tried else "claims.jsonl")
+    rows = rows_of(args.pool)
+    unknown = sorted(set(args.only or []) - set(rows))
+    if unknown:
+        raise SystemExit(f"reproduce.py: error: no row {unknown[0]}: there are {' '.join(rows)}")
+    jobs = {name: (rows[name], "") for name in rows if not args.only or name in args.only}
+    if args.tried:
+        name, _, options = args.tried.partition("=")
+        row = rows[args.only[0] if args.only else "sdr"]
+        jobs = {"base": (rows["base"], ""), f"try_{name}": (row, options)}
+    for name, (row, options) in jobs.items():
+        for seed in args.seeds:
+            key = {"pool": args.pool, "seed": seed, "row": name}
+            if any(key.items() <= line.items() for line in read_lines(target)):
+                continue
+            if (time.time() - began) / 60 > args.budget_minutes:
+                raise SystemExit(f"the budget is used; next is {key}: the same command goes on")
+            print(key, flush=True)
+            where = args.work / args.pool / f"seed{seed}"
+            line = run_row(name, row, args.pool, seed, where, args.packs, options, commit)
+            with open(target, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+# ------------------------------------------------------------------------------------ command
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("--pool", choices=sorted(POOLS), default="toy", help="which images: toy")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5], help="3 4 5")
+    parser.add_argument("--only", nargs="+", help="rows of the pool; default: all, in order")
+    parser.add_argument("--tried", "--try", metavar="NAME=OPTIONS",
+                        help="one setting: these options of pretrain.py on the row --only, or sdr")
+    parser.add_argument("--packs", type=Path, default=Path("data"), help="image packs: data")
+    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="runs/claims")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="tests/results")
+    parser.add_argument("--budget-minutes", type=float, default=1e9,
+                        help="start no row after so long")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    args.work, args.packs = args.work.resolve(), args.packs.resolve()
+    run(args)
+
+
+if __name__ == "__main__":
+    main()
