@@ -63,44 +63,38 @@ def sinkhorn(S, eps, v, tolerance=0.01, most=1000, rows=4096):
     return torch.cat(U), v, error, count
 
 
-def centre(f, mean):
-    """Rows of features, array (n, D) -> unit length, less the mean (D,), unit length: float32.
+def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0, rows=8192):
+    """Centroids C (k, D) of unit length, by alternation, from k random rows on; prints each epoch.
 
-    In float64 on the way: squares of large features overflow, and small differences drown."""
-    unit = F.normalize(torch.from_numpy(np.array(f, np.float64)), eps=1e-150)
-    return F.normalize(unit - mean).float()
-
-
-def scores(f, mean, C, rows=8192):
-    """S = F^T C: features (N, D), centroids (k, D) -> float32 (N, k)."""
-    return torch.cat([centre(f[a:a + rows], mean) @ C.T for a in range(0, len(f), rows)])
-
-
-def learn_centroids(f, mean, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0):
-    """Centroids C (k, D) of unit length of features f, array (N, D), by alternation; mean (D,).
-
-    An epoch: U by Sinkhorn on all of S, then SGD on the cross-entropy -sum U log softmax(S / T)
-    over shuffled rows, C renormalised each step. Starts from k random rows, prints each epoch."""
+    f: features (N, D), centred and of unit length: a tensor, or what gives such rows when indexed
+    by a slice or an array. An epoch: U by Sinkhorn on all of S = F^T C, then SGD on the
+    cross-entropy -sum U log softmax(S / T) over shuffled rows, C renormalised each step."""
     rng = np.random.default_rng(seed)
-    C = centre(f[np.sort(rng.choice(len(f), k, replace=False))], mean).requires_grad_()
+    C = f[np.sort(rng.choice(len(f), k, replace=False))].clone().requires_grad_()
     optimizer = torch.optim.SGD([C], lr=lr, momentum=0.9)
     v = torch.zeros(k, dtype=torch.float64)
     for epoch in range(epochs):
-        S = scores(f, mean, C.detach())
+        with torch.no_grad():
+            S = torch.cat([f[a:a + rows] @ C.T for a in range(0, len(f), rows)])       # (N, k)
         U, v, error, rounds = sinkhorn(S, eps, v)
         order, total = rng.permutation(len(f)), 0.0
         for a in range(0, len(f), batch):
-            rows = np.sort(order[a:a + batch])
-            loss = F.cross_entropy(centre(f[rows], mean) @ C.T / T, U[rows])
+            chosen = np.sort(order[a:a + batch])
+            loss = F.cross_entropy(f[chosen] @ C.T / T, U[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             with torch.no_grad():
                 C.copy_(F.normalize(C))
-            total += loss.item() * len(rows) / len(f)
-        print(f"epoch {epoch + 1}: {rounds} Sinkhorn rounds, marginal error {error:.3f}, objective "
-              f"{objective(U, S, eps):.4f}, cross-entropy {total:.4f}", flush=True)
+            total += loss.item() * len(chosen) / len(f)
+        print(f"epoch {epoch + 1}: {rounds} Sinkhorn rounds, marginal error {error:.3f}, "
+              f"cross-entropy {total:.4f}", flush=True)
     return C.detach()
+
+
+def scores(f, C, rows=8192):
+    """S = F^T C: features (N, D), as learn_centroids takes them, centroids (k, D) -> (N, k)."""
+    return torch.cat([f[a:a + rows] @ C.T for a in range(0, len(f), rows)])
 
 
 def objective(U, S, eps):
@@ -130,8 +124,25 @@ def order_clusters(C, groups):
 
 # ------------------------------------------------------------------------------------ files
 
+class Centred:
+    """An array (N, D), such as a memory-mapped file, whose rows when indexed come as float32
+    tensors: brought to unit length, less the mean (D,), of unit length again.
+
+    In float64 on the way: squares of large features overflow, and small differences drown."""
+
+    def __init__(self, features, mean):
+        self.features, self.mean = features, mean
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, rows):
+        unit = F.normalize(torch.from_numpy(np.array(self.features[rows], np.float64)), eps=1e-150)
+        return F.normalize(unit - self.mean).float()
+
+
 def load_features(path):
-    """features.npy, memory-mapped: (N, D), and the mean of its rows at unit length, float64 (D,).
+    """features.npy, memory-mapped, floats (N, D), as Centred by the mean of its unit rows.
 
     Raises InputError where it is not that, a row is not finite, or all rows are alike."""
     try:
@@ -152,7 +163,7 @@ def load_features(path):
     if mean.norm() > 1 - 1e-12 or not (mean.any() or np.any(f)):
         raise InputError(f"{path}: all rows point the same way, so there is nothing to cluster: "
                          "the network that made them has collapsed")
-    return f, mean
+    return Centred(f, mean)
 
 
 def save(path, write):
@@ -236,7 +247,7 @@ def run(args):
     """The command, from the options on."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     path = args.features or os.path.join(args.out, "features.npy")
-    f, mean = load_features(path)
+    f = load_features(path)
     if args.k > len(f):
         raise InputError(f"--k {args.k}: {path} has {len(f):,} rows only")
     try:
@@ -246,8 +257,8 @@ def run(args):
     listing, names = os.path.join(args.out, "images.txt"), None
     if os.path.exists(listing):
         names = read_listing(listing, len(f))
-    print(f"{path}: {f.shape[0]:,} x {f.shape[1]} into {args.k}", flush=True)
-    C = learn_centroids(f, mean, args.k, args.eps, args.temperature, args.epochs, args.lr,
+    print(f"{path}: {len(f):,} x {len(f.mean)} into {args.k}", flush=True)
+    C = learn_centroids(f, args.k, args.eps, args.temperature, args.epochs, args.lr,
                         seed=args.seed)
     groups, order = round(args.k ** 0.25), args.order
     if groups ** 4 != args.k:
@@ -257,7 +268,7 @@ def run(args):
         C = C[order_clusters(C, groups).argsort()]     # so that row i is the centroid of index i
     else:
         C = C[torch.from_numpy(np.random.default_rng(args.seed).permutation(args.k))]
-    S = scores(f, mean, C)
+    S = scores(f, C)
     clusters = S.argmax(1).numpy()
     U, _, error, _ = sinkhorn(S, args.eps, torch.zeros(args.k, dtype=torch.float64))
     sizes = np.bincount(clusters, minlength=args.k)
@@ -265,7 +276,7 @@ def run(args):
               "temperature": args.temperature, "epochs": args.epochs, "lr": args.lr,
               "order": order, "seed": args.seed, "marginal_error": error,
               "objective": objective(U, S, args.eps), "command": " ".join(sys.argv),
-              "torch": str(torch.__version__), "feature_mean": mean.tolist()}
+              "torch": str(torch.__version__), "feature_mean": f.mean.tolist()}
     place = functools.partial(os.path.join, args.out)
     save(place("centroids.npy"), functools.partial(np.save, arr=C.numpy()))
     save(place("clusters.npy"), functools.partial(np.save, arr=clusters))

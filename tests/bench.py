@@ -135,13 +135,14 @@ def cluster_row():
     rng = np.random.default_rng(0)
     kinds = rng.normal(size=(400, 128))
     f = (kinds[rng.integers(0, 400, 40_000)] + rng.normal(size=(40_000, 128))).astype(np.float32)
-    mean = F.normalize(torch.from_numpy(f)).mean(0)
+    unit = F.normalize(torch.from_numpy(f))
+    unit = F.normalize(unit - unit.mean(0))
     began = time.perf_counter()
-    C = cluster.learn_centroids(f, mean, 256)
+    C = cluster.learn_centroids(unit, 256)
     ours = time.perf_counter() - began
-    S = cluster.scores(f, mean, C)
+    S = cluster.scores(unit, C)
     sizes = np.bincount(S.argmax(1), minlength=256)
-    unit, began = cluster.centre(f, mean), time.perf_counter()
+    began = time.perf_counter()
     means = unit[:256].clone()
     for _ in range(10):
         owner = (unit @ means.T).argmax(1)

@@ -62,10 +62,11 @@ def test_the_objective_is_the_headers():
 
 def test_kinds_are_found_and_balanced():
     f, kind = mixture(n=1600)
-    mean = torch.nn.functional.normalize(torch.from_numpy(f)).mean(0)
-    C = cluster.learn_centroids(f, mean, 16, batch=64)
+    f = torch.nn.functional.normalize(torch.from_numpy(f))
+    f = torch.nn.functional.normalize(f - f.mean(0))
+    C = cluster.learn_centroids(f, 16, batch=64)
     assert torch.allclose(C.norm(dim=1), torch.ones(16), atol=1e-5)
-    found = cluster.scores(f, mean, C).argmax(1).numpy()
+    found = cluster.scores(f, C).argmax(1).numpy()
     pure = sum(np.bincount(kind[found == i]).max() for i in np.unique(found)) / len(kind)
     assert pure > 0.8 and np.bincount(found, minlength=16).min() >= 30
 
@@ -109,7 +110,7 @@ def test_the_picture_shows_the_nearest_images(tmp_path, monkeypatch):
     run(monkeypatch, "--out", tmp_path, "--data", tmp_path / "images")
     clusters, C = np.load(tmp_path / "clusters.npy"), np.load(tmp_path / "centroids.npy")
     mean = torch.tensor(json.loads((tmp_path / "clusters.json").read_text())["feature_mean"])
-    S = cluster.scores(f, mean, torch.from_numpy(C)).numpy()
+    S = cluster.scores(cluster.Centred(f, mean), torch.from_numpy(C)).numpy()
     sheet = np.array(Image.open(tmp_path / "clusters.png"))
     for row, i in enumerate(np.unique(clusters)):
         members = np.flatnonzero(clusters == i)
@@ -123,9 +124,9 @@ def test_read_only_and_memory_mapped_arrays_give_no_warning(tmp_path):
     np.save(tmp_path / "f.npy", f.astype(np.float16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded, mean = cluster.load_features(tmp_path / "f.npy")
-        cluster.scores(loaded, mean, torch.randn(3, 16))
-        cluster.scores(f, mean, torch.randn(3, 16))
+        loaded = cluster.load_features(tmp_path / "f.npy")
+        cluster.scores(loaded, torch.randn(3, 16))
+        cluster.scores(cluster.Centred(f, loaded.mean), torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("scale, shift", [(1e30, 0), (1e-30, 0), (1, 1000)])
@@ -134,9 +135,9 @@ def test_features_of_any_scale_and_place_are_clustered(tmp_path, scale, shift):
     np.save(tmp_path / "f.npy", (f + shift).astype(np.float64) * scale)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded, mean = cluster.load_features(tmp_path / "f.npy")
-        C = cluster.learn_centroids(loaded, mean, 4, batch=32)
-    found = cluster.scores(loaded, mean, C).argmax(1).numpy()
+        loaded = cluster.load_features(tmp_path / "f.npy")
+        C = cluster.learn_centroids(loaded, 4, batch=32)
+    found = cluster.scores(loaded, C).argmax(1).numpy()
     pure = sum(np.bincount(kind[found == i]).max() for i in np.unique(found)) / len(kind)
     assert pure > 0.9
 

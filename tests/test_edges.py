@@ -170,10 +170,10 @@ def test_arrays_in_any_layout_give_the_same_centroids():
     f = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
     read_only = f.copy()
     read_only.setflags(write=False)
-    wanted = cluster.learn_centroids(f, torch.zeros(8), 4, epochs=1)
+    wanted = cluster.learn_centroids(cluster.Centred(f, torch.zeros(8)), 4, epochs=1)
     for array in (read_only, np.asfortranarray(f), f.astype(">f4"), f.astype(np.float64),
                   np.repeat(f, 2, 1)[:, ::2]):
-        found = cluster.learn_centroids(array, torch.zeros(8), 4, epochs=1)
+        found = cluster.learn_centroids(cluster.Centred(array, torch.zeros(8)), 4, epochs=1)
         assert torch.allclose(found, wanted, atol=1e-4)
 
 

@@ -47,14 +47,13 @@ def test_sinkhorn_lifts():
 
 
 def test_learn_centroids_lifts():
-    space = lift("cluster", "sinkhorn", "centre", "scores", "objective", "learn_centroids")
     rng = np.random.default_rng(0)
     centres = np.linalg.qr(rng.normal(size=(8, 4)))[0].T
     kinds = np.repeat(np.arange(4), 100)
-    f = (centres[kinds] + 0.05 * rng.normal(size=(400, 8))).astype(np.float32)
-    mean = torch.from_numpy(f / np.linalg.norm(f, axis=1, keepdims=True)).mean(0)
-    C = space["learn_centroids"](f, mean, 4, epochs=5, batch=32)
-    found = space["scores"](f, mean, C).argmax(1).numpy()
+    f = torch.from_numpy(centres[kinds] + 0.05 * rng.normal(size=(400, 8))).float()
+    f = F.normalize(f - f.mean(0))
+    C = lift("cluster", "sinkhorn", "learn_centroids")["learn_centroids"](f, 4, epochs=5, batch=32)
+    found = (f @ C.T).argmax(1).numpy()
     assert all(len(set(found[kinds == kind])) == 1 for kind in range(4)) and len(set(found)) == 4
 
 
