@@ -283,8 +283,8 @@ class VOC(Dataset):
 
     def __init__(self, entries, classes=None):
         self.paths, self.turned, self.sizes, self.boxes, self.difficult = [], [], [], [], []
-        words, shown = [], time.time()
-        for count, (folder, name) in enumerate(entries):
+        words = []
+        for folder, name in sdrnet.progress(entries, "annotations", len(entries)):
             annotation = os.path.join(folder, "Annotations", f"{name}.xml")
             said, boxes, names, difficult = read_annotation(annotation)
             path = find_image(folder, name)
@@ -299,9 +299,6 @@ class VOC(Dataset):
                 if word not in classes:
                     raise InputError(f"{annotation}: class {word!r} is not one of "
                                      f"{', '.join(classes)}")
-            if time.time() - shown > 20:
-                shown = time.time()
-                sdrnet.print0(f"annotations: {count + 1:,} of {len(entries):,}")
         self.classes = list(classes or sorted({word for names in words for word in names}))
         self.labels = [np.array([self.classes.index(w) for w in names], int) for names in words]
         if not any(len(boxes) for boxes in self.boxes):
@@ -504,19 +501,13 @@ def copy_backbone(source, path=None, random=False):
 
 # ------------------------------------------------------------------------------------ training
 
-@functools.lru_cache(2)
-def permutation(seed, epoch, count):
-    """The order of an epoch's images."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(count)
-
-
 def training_items(step, seed, usable, batch, sides):
     """[(image, short side, mirrored), ...] of a step's whole batch: the next of an endless row of
     epochs, each a permutation; a function of (seed, step, position)."""
     items = []
     for place in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(place, len(usable))
-        order = permutation(seed, epoch, len(usable))
+        order = sdrnet.permutation(seed, epoch, len(usable))
         rng = np.random.default_rng([seed, 2, place])
         items.append((int(usable[order[at]]), int(rng.choice(sides)), bool(rng.random() < 0.5)))
     return items
@@ -572,14 +563,8 @@ def make_optimizer(model, weight_decay=1e-4):
 def train(model, data, indices, args, iterations, device, path=None, arguments=None):
     """Trains on the images `indices` of `data`. path: the state to go on from, and to leave every
     ten minutes, at a signal and at the end; None: none."""
-    optimizer, first = make_optimizer(model), 0
-    if path and os.path.exists(path):
-        state = sdrnet.load_checkpoint(path, "training")
-        sdrnet.refuse_changes(state["config"], arguments, path)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        sdrnet.print0(f"going on from {path}, iteration {first:,}")
+    optimizer = make_optimizer(model)
+    first = sdrnet.resume(path, arguments, model, optimizer) if path else 0
     ddp = DistributedDataParallel(model) if sdrnet.world_size() > 1 else model
     model.train()
     began = shown = saved = time.time()
@@ -605,10 +590,7 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
         stop, late = sdrnet.on_any(bool(sdrnet.CAUGHT), now - saved > 600)
         if path and (stop or late or done == iterations):
             saved = now
-            if sdrnet.rank() == 0:
-                sdrnet.save_checkpoint(path, {"kind": "training", "config": arguments, "step": done,
-                                              "model": model.state_dict(),
-                                              "optimizer": optimizer.state_dict()})
+            sdrnet.save_state(path, done, arguments, model, optimizer)
         if stop:
             sdrnet.print0(f"stopped at iteration {done:,}; the same command goes on")
             sys.exit(128 + max(sdrnet.CAUGHT, default=15))
@@ -631,17 +613,14 @@ def detect(model, data, indices, args, device):
     model.eval()
     mine = list(range(sdrnet.rank(), len(indices), sdrnet.world_size()))
     items = [[(indices[j], args.test_side, False)] for j in mine]
-    rows, shown = [], time.time()
-    for j, ((image, _),) in zip(mine, sdrnet.load_batches(data, items, args.workers)):
+    rows, batches = [], zip(mine, sdrnet.load_batches(data, items, args.workers))
+    for j, ((image, _),) in sdrnet.progress(batches, "detecting: images", len(mine)):
         result, = model([image.to(device).float() / 255])
         found = {key: value.double().cpu().numpy() for key, value in result.items()}
         scale = np.tile(np.divide(data.sizes[indices[j]], image.shape[:0:-1]), 2)
         n = len(found["scores"])
         rows.append(np.column_stack([np.full(n, j), found["labels"] - 1, found["scores"],
                                      found["boxes"].reshape(n, 4) * scale]))
-        if time.time() - shown > 20:
-            shown = time.time()
-            sdrnet.print0(f"detecting: image {j + 1:,} of {len(indices):,}")
     if sdrnet.world_size() > 1:
         parts = [None] * sdrnet.world_size()
         dist.all_gather_object(parts, rows)
@@ -677,8 +656,7 @@ def early_stopping(candidates, data, args, device, path, arguments):
         result = summary(evaluate(data.truth(held), found, len(data.classes)), data.classes)["coco"]
         table[name] = {"AP": result["AP"], "AP50": result["AP50"]}
         if sdrnet.rank() == 0:
-            text = json.dumps(content, indent=1)
-            sdrnet.save_file(path, lambda file: file.write(text.encode()))
+            sdrnet.save_json(path, content)
     ranked = sorted(candidates, key=lambda candidate: -table[candidate[0]]["AP"])
     sdrnet.print0(f"after {args.early_stop} iterations, on {len(held)} held-out training images:")
     for name, _, _ in ranked:
@@ -881,8 +859,7 @@ def run(args):
             "backbone": model.backbone.net.config, "model": model.state_dict()})
         content = {"backbone": name, "path": digits, "arguments": arguments, "result": result,
                    "command": " ".join(sys.argv), "torch": str(torch.__version__)}
-        text = json.dumps(content, indent=1)
-        sdrnet.save_file(place("metrics.json"), lambda file: file.write(text.encode()))
+        sdrnet.save_json(place("metrics.json"), content)
     if dist.is_initialized():
         dist.destroy_process_group()
 

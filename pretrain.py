@@ -320,16 +320,10 @@ def phase_of(step, steps, phases):
     return int(np.searchsorted(ends.round(), step, side="right"))
 
 
-@functools.lru_cache(2)
-def permutation(seed, epoch, count):
-    """The order of the images in an epoch: int64 (count,)."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(count)
-
-
 def uniform_batch(step, seed, count, batch):
     """W_0's images, int64 (B,): the next of an endless row of epochs, each a permutation."""
     places = np.arange(step * batch, (step + 1) * batch)
-    return np.array([permutation(seed, at // count, count)[at % count] for at in places])
+    return np.array([sdrnet.permutation(seed, at // count, count)[at % count] for at in places])
 
 
 def cluster_batches(step, seed, clusters, groups, phase, subnets, batch, literal=False):
@@ -472,28 +466,6 @@ def train_step(model, optimizer, x, subs, device, amp):
     return dict(zip(log, (values / sdrnet.world_size()).tolist()))
 
 
-def save_state(path, step, arguments, model, optimizer):
-    """All that going on from `step` needs; process 0 writes it."""
-    if sdrnet.rank() == 0:
-        sdrnet.save_checkpoint(path, {"kind": "training", "config": arguments, "step": step,
-                                      "model": model.state_dict(),
-                                      "optimizer": optimizer.state_dict()})
-
-
-def resume(path, arguments, model, optimizer):
-    """Loads the state that `path` holds and returns its step; 0 where there is no such file.
-
-    Raises InputError where it was made with other arguments."""
-    if not os.path.exists(path):
-        return 0
-    state = sdrnet.load_checkpoint(path, "training")
-    sdrnet.refuse_changes(state["config"], arguments, path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    sdrnet.print0(f"going on from {path}, step {state['step']:,}")
-    return state["step"]
-
-
 def log_line(path, line):
     """A line of progress on the screen and, as JSON, in the log beside the state `path`."""
     if sdrnet.rank() == 0:
@@ -508,7 +480,7 @@ def train(model, args, names, clusters, groups, device, path, arguments):
     steps = max(1, round(args.epochs * len(names) / args.batch_size))
     per_epoch = max(1, len(names) // args.batch_size)
     optimizer = make_optimizer(model, args.weight_decay)
-    first = resume(path, arguments, model, optimizer)
+    first = sdrnet.resume(path, arguments, model, optimizer)
     pixels = decode_all(args.data, names, args.image_size, args.workers)
     parts_of = functools.partial(step_parts, args=args, count=len(names), clusters=clusters,
                                  groups=groups, steps=steps)
@@ -545,7 +517,7 @@ def train(model, args, names, clusters, groups, device, path, arguments):
             monitor(model.net, args, done, device, path)
         if save or stop:
             saved = now
-            save_state(path, done, arguments, model, optimizer)
+            sdrnet.save_state(path, done, arguments, model, optimizer)
         if stop:
             sdrnet.print0(f"stopped at step {done:,} and saved; the same command goes on")
             sys.exit(128 + max(sdrnet.CAUGHT, default=15))

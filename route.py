@@ -34,7 +34,6 @@ import json
 import math
 import os
 import sys
-import time
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -256,16 +255,14 @@ def run_network(run, dataset, device, amp="auto", workers=0, batch=256):
     """Features of a data set by many networks: {key: float32 (N, D)}, on this process alone.
 
     run(images (B, 3, S, S)) -> pairs (key, features (B, D))."""
-    parts, shown = {}, time.time()
+    parts = {}
     blocks = [range(a, min(a + batch, len(dataset))) for a in range(0, len(dataset), batch)]
-    for done, samples in enumerate(sdrnet.load_batches(dataset, blocks, workers)):
+    batches = sdrnet.load_batches(dataset, blocks, workers)
+    for samples in sdrnet.progress(batches, "features of batches", len(blocks)):
         x = sdrnet.normalise(torch.stack(samples).to(device).float() / 255)
         with sdrnet.autocast(device, amp):
             for key, f in run(x):
                 parts.setdefault(key, []).append(f.float().cpu())
-        if time.time() - shown > 20:
-            shown = time.time()
-            print(f"  features: batch {done + 1} of {len(blocks)}", flush=True)
     return {key: torch.cat(part) for key, part in parts.items()}
 
 
@@ -393,7 +390,7 @@ def route_task(net, task, args, device):
     sdrnet.save_checkpoint(os.path.join(folder, "subnet.pt"), {
         "kind": "subnet", "config": plain.config, "image_size": args.image_size, "path": path,
         "backbone": plain.state_dict(), "origin": result["origin"]})
-    save_json(os.path.join(folder, "result.json"), result)
+    sdrnet.save_json(os.path.join(folder, "result.json"), result)
     print_ranking(result, scores, tests, net.groups)
     draw_story(result, task, args, os.path.join(folder, "story.png"))
     plot_histogram(result, scores, os.path.join(folder, "histogram.png"))
@@ -413,14 +410,8 @@ def compare_only(net, task, args, device):
               "origin": {"command": " ".join(sys.argv), "network": args.network}}
     folder = os.path.join(args.out, task.name)
     sdrnet.make_folder(folder)
-    save_json(os.path.join(folder, "result.json"), result)
+    sdrnet.save_json(os.path.join(folder, "result.json"), result)
     return result
-
-
-def save_json(path, content):
-    """Writes a dict as indented JSON."""
-    text = json.dumps(content, indent=1)
-    sdrnet.save_file(path, lambda file: file.write(text.encode()))
 
 
 # ------------------------------------------------------------------------------------ what is shown

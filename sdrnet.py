@@ -54,6 +54,7 @@ Not known from the paper, so chosen here: the widths of the groups, the stem, Ba
 import argparse
 import functools
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -132,6 +133,16 @@ def print0(*words):
     """print, on process 0 only."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def progress(items, what, count):
+    """Passes on `items`, `count` of them, and prints every 20 s how many are done."""
+    began = shown = time.time()
+    for done, item in enumerate(items):
+        if time.time() - shown > 20:
+            shown = time.time()
+            print0(f"{what}: {done:,} of {count:,}, {shown - began:.0f} s")
+        yield item
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -600,6 +611,12 @@ def save_checkpoint(path, content):
     save_file(path, functools.partial(torch.save, content))
 
 
+def save_json(path, content):
+    """Writes a dict of plain values as indented JSON."""
+    text = json.dumps(content, indent=1)
+    save_file(path, lambda file: file.write(text.encode()))
+
+
 def save_names(path, names):
     """Writes a listing, one name a line, in the bytes that the names have on disk."""
     text = "".join(f"{name}\n" for name in names)
@@ -640,6 +657,27 @@ def refuse_changes(old, new, path):
     if changed:
         raise InputError(f"{path} was made with other arguments ({'; '.join(changed)}): give those "
                          "again, another --out, or --fresh")
+
+
+def save_state(path, step, arguments, model, optimizer):
+    """All that a training run needs to go on from `step`; process 0 writes it."""
+    if rank() == 0:
+        save_checkpoint(path, {"kind": "training", "config": arguments, "step": step,
+                               "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def resume(path, arguments, model, optimizer):
+    """Loads the state that `path` holds and returns its step; 0 where there is no such file.
+
+    Raises InputError where it was made with other arguments."""
+    if not os.path.exists(path):
+        return 0
+    state = load_checkpoint(path, "training")
+    refuse_changes(state["config"], arguments, path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    print0(f"going on from {path}, step {state['step']:,}")
+    return state["step"]
 
 
 def load_network(path, norm_layer=nn.BatchNorm2d):
@@ -789,6 +827,12 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+@functools.lru_cache(2)
+def permutation(seed, epoch, count):
+    """The order of the images in an epoch: int64 (count,)."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(count)
+
+
 def load_batches(dataset, batches, workers=0):
     """Yields for each list of indices in `batches` the list of what the dataset holds there.
 
@@ -820,14 +864,11 @@ def embed(net, dataset, device, amp="auto", workers=0, batch=256, table=None):
     blocks = [range(a, min(a + batch, len(dataset))) for a in range(0, len(dataset), batch)]
     mine = blocks[rank()::world_size()]
     features = np.zeros((len(dataset), net.features), np.float32) if table is None else table
-    began = shown = time.time()
-    for done, (block, samples) in enumerate(zip(mine, load_batches(dataset, mine, workers))):
+    batches = zip(mine, load_batches(dataset, mine, workers))
+    for block, samples in progress(batches, "features of batches", len(mine)):
         x = normalise(torch.stack(samples).to(device).float() / 255)
         with autocast(device, amp):
             features[block.start:block.stop] = net(x).float().cpu().numpy()
-        if time.time() - shown > 20:
-            shown = time.time()
-            print0(f"features: {done / len(mine):.0%} of {len(dataset):,}, {shown - began:.0f} s")
     if table is None and world_size() > 1:             # each row is on one process: a sum gathers
         total = torch.from_numpy(features).to(device)
         dist.all_reduce(total)

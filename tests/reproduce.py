@@ -309,6 +309,194 @@ def run(args):
                 file.write(json.dumps(line) + "\n")
 
 
+# ------------------------------------------------------------------------------------ what came out
+
+class Lines:
+    """The lines of a pool, by row and seed, and what is computed of them."""
+
+    def __init__(self, lines, pool):
+        self.pool, self.tuning = pool, POOLS[pool].tuning
+        self.rows = {}
+        for line in lines:
+            if line["pool"] == pool:
+                self.rows.setdefault(line["row"], {})[line["seed"]] = line
+
+    def scores(self, row, key="routed", task=None):
+        """{seed: percent on test images}, of a task or the mean of those that claims count. A
+        network without sub-nets has `largest` alone, which is what stands for `routed` too."""
+        found = {}
+        for seed, line in sorted(self.rows.get(row, {}).items()):
+            names = [task] if task else [t for t in line["tasks"] if t not in self.tuning]
+            values = [line["tasks"][t].get(key, line["tasks"][t]["largest"]) for t in names]
+            found[seed] = float(np.mean(values))
+        return found
+
+    def gains(self, row, other, key="routed", task=None):
+        """Points of a row over another in the seeds that both have: a list."""
+        ours, theirs = self.scores(row, key, task), self.scores(other, "routed", task)
+        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def spread(values, sign=""):
+    """"37.5 ± 1.6" of several, "37.5" of one, "" of none."""
+    values = list(values)
+    if not values:
+        return ""
+    text = f"{np.mean(values):{sign}.1f}"
+    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.1f}"
+
+
+def verdict(gains):
+    """What the seeds say of "is above": in words."""
+    above = sum(gain > 0 for gain in gains)
+    if not gains:
+        return "not measured"
+    if 0 < above < len(gains):
+        return f"in {above} of {len(gains)} seeds"
+    return ("holds" if above else "does not hold") + f" ({len(gains)} seed{'s'[:len(gains) > 1]})"
+
+
+def table(head, rows):
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in lines) + "\n"
+
+
+def core_table(data):
+    """Every row of a pool that was run."""
+    body = []
+    for name, row in rows_of(data.pool).items():
+        if name not in data.rows:
+            continue
+        lines, subnets = data.rows[name].values(), row.clusters is not None
+        keys = ("routed", "largest", "mean", "best") if subnets else ("largest",)
+        cells = [spread(data.scores(name, key).values()) for key in keys] + [""] * (4 - len(keys))
+        other = [spread(data.gains(name, against), "+") for against in CURRENCIES if subnets]
+        images, minutes = (np.mean([line[key] for line in lines]) for key in
+                           ("images", "cpu_minutes"))
+        body.append([row.text, *cells, *(other or ["", "", ""]), len(lines),
+                     f"{images / 1000:,.0f}", f"{minutes:.0f}"])
+    return table(["row", "routed, or alone", "its largest", "mean sub-net", "best by test",
+                  "- SimSiam, epochs", "images", "cost", "seeds", "images, 1000", "CPU min"], body)
+
+
+CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
+              "simsiam_cost": "equal cost"}
+
+
+def task_table(data):
+    """Each task: SimSiam in three currencies, its own kind alone, SDR, and where it was routed."""
+    body = []
+    for task, kind in POOLS[data.pool].kind_of.items():
+        cells = [spread(data.scores(row, task=task).values()) for row in CURRENCIES]
+        cells.append(spread(data.scores(f"only_{kind}", task=task).values()))
+        cells += [spread(data.scores("sdr", key, task).values()) for key in ("routed", "largest")]
+        shares = [line["clusters"][task] for line in data.rows.get("sdr", {}).values()]
+        own = [100 * share.get("chosen", 0) for share in shares]
+        body.append([task + " *" * (task in data.tuning), *cells,
+                     spread(data.gains("sdr", "simsiam", task=task), "+"), spread(own)])
+    return table(["task", *(f"SimSiam, {text}" for text in CURRENCIES.values()),
+                  "SimSiam on its own kind", "SDR routed", "its largest", "gain, equal epochs",
+                  "own kind in its cluster, %"], body)
+
+
+def claims(data):
+    """[(claim, what is measured, verdict), ...] of a pool."""
+    tasks = [t for t in POOLS[data.pool].kind_of if t not in data.tuning]
+    kinds = {task: POOLS[data.pool].kind_of[task] for task in tasks}
+    oracle = {task: data.gains(f"only_{kinds[task]}", "simsiam", task=task) for task in tasks}
+    alone = [t for t in tasks if oracle[t] and np.mean(oracle[t]) > 0]
+    rows = [("1: negative transfer", f"SimSiam on a task's own kind alone is ahead of SimSiam on "
+             f"everything, at equal images, on {len(alone)} of {len(tasks)} tasks; in the mean "
+             + spread([g for t in tasks for g in oracle[t]], "+"),
+             verdict([float(np.mean(oracle[t])) for t in tasks if oracle[t]]).replace("seed", "task"))]
+    for row, text in CURRENCIES.items():
+        gains = data.gains("sdr", row)
+        rows.append((f"2: SDR over SimSiam, {text}", spread(gains, "+"), verdict(gains)))
+    gain = {t: np.mean(data.gains("sdr", "simsiam", task=t) or [0]) for t in tasks}
+    ranked = sorted(tasks, key=gain.get)
+    rows.append(("3: some tasks gain most", f"from {gain[ranked[0]]:+.1f} ({ranked[0]}) to "
+                 f"{gain[ranked[-1]]:+.1f} ({ranked[-1]})", "see the figure"))
+    runs = list(data.rows.get("sdr", {}).values())
+    noise, spreads, agree = [], [], []
+    for line in runs:
+        for one in (line["tasks"][t] for t in tasks):
+            share = one["mean"] / 100
+            noise.append(100 * (share * (1 - share) / one["images"]) ** 0.5)
+            spreads.append(np.std(one["tests"]))
+            agree.append(one.get("correlation", 0.0))
+    if runs:
+        rows.append(("4: sub-nets differ", f"std of their scores {np.mean(spreads):.1f} points, noise "
+                     f"of one {np.mean(noise):.1f}; leave-one-out and test scores correlate by "
+                     f"{np.mean(agree):.2f}", verdict([s - n for s, n in zip(spreads, noise)])
+                     .replace("seed", "task")))
+        own = [line["clusters"][t].get("chosen", 0) - line["clusters"][t]["pool"]
+               for line in runs for t in tasks]
+        rows.append(("5: the right cluster", "its own kind's share in the chosen sub-net's cluster, "
+                     "above that in the pool: " + spread([100 * o for o in own], "+") + " points",
+                     verdict(own).replace("seed", "task")))
+    for row in ("no_kd", "l2", "shared_heads", "no_phases", "random", "one", "narrow"):
+        gains = data.gains("sdr", row)
+        rows.append((f"7: SDR over \"{ROWS[row].text}\"", spread(gains, "+"), verdict(gains)))
+    more = [spread(data.scores(row).values()) or "-" for row in ("one", "k16", "k81", "k256")]
+    rows.append(("8: more sub-nets", f"k = 1, 16, 81, 256: {', '.join(more)}",
+                 verdict(data.gains("k256", "k16"))))
+    least = [min(line["least_sub_std"] for line in data.rows[row].values()) if row in data.rows
+             else None for row in ("scratch", "scratch_no_phases")]
+    rows.append(("9: phases prevent collapse", f"least std of sub-nets with, without: {least}",
+                 verdict(data.gains("scratch", "scratch_no_phases"))))
+    return rows
+
+
+def figures(data, results):
+    """PNGs of the claims, where matplotlib is; one line where it is not."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no figures: pip install matplotlib")
+        return
+    tasks = list(POOLS[data.pool].kind_of)
+    plots = {"transfer": ([f"only_{kind}" for kind in sorted(set(POOLS[data.pool].kind_of.values()))],
+                          "SimSiam on one kind alone over SimSiam on everything, equal images"),
+             "gains": (["simsiam_images", "simsiam_cost", "random", "no_kd", "no_phases", "sdr"],
+                       "over SimSiam at equal epochs, kNN on test images")}
+    for name, (rows, title) in plots.items():
+        rows = [row for row in rows if data.gains(row, "simsiam")]
+        if not rows:
+            continue
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        for i, row in enumerate(rows):
+            gains = [data.gains(row, "simsiam", task=task) for task in tasks]
+            shade = str(0.85 - 0.75 * i / max(1, len(rows) - 1))
+            axes.bar(np.arange(len(tasks)) + (i + 0.5) * 0.8 / len(rows), list(map(np.mean, gains)),
+                     0.8 / len(rows), color=shade, edgecolor="black",
+                     label=rows_of(data.pool)[row].text)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks(np.arange(len(tasks)) + 0.4, tasks)
+        axes.set_ylabel("points of accuracy")
+        axes.set_title(f"{data.pool}: {title}", fontsize=10)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        figure.savefig(results / f"{data.pool}_{name}.png", dpi=110)
+
+
+def render(results):
+    """claims.md and the figures from claims.jsonl."""
+    lines, parts = read_lines(results / "claims.jsonl"), []
+    for pool in POOLS:
+        data = Lines(lines, pool)
+        if not data.rows:
+            continue
+        commits = sorted({line["commit"] for line in lines if line["pool"] == pool})
+        seeds = sorted({line["seed"] for line in lines if line["pool"] == pool})
+        parts += [f"## {pool}\n", f"Seeds {seeds}; commits {', '.join(commits)}; kNN on test images, "
+                  "%; tasks with * chose settings, and no mean counts them.\n",
+                  table(["claim", "measured", "verdict"], claims(data)), core_table(data),
+                  task_table(data)]
+        figures(data, results)
+    (results / "claims.md").write_text("# The claims, by tests/reproduce.py\n\n" + "\n".join(parts))
+
+
 # ------------------------------------------------------------------------------------ command
 
 def main():
@@ -321,13 +509,16 @@ def main():
                         help="one setting: these options of pretrain.py on the row --only, or sdr")
     parser.add_argument("--packs", type=Path, default=Path("data"), help="image packs: data")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="runs/claims")
+    parser.add_argument("--render", action="store_true", help="run nothing: tables and figures")
     parser.add_argument("--results", type=Path, default=RESULTS, help="tests/results")
     parser.add_argument("--budget-minutes", type=float, default=1e9,
                         help="start no row after so long")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.work, args.packs = args.work.resolve(), args.packs.resolve()
-    run(args)
+    if not args.render:
+        run(args)
+    render(args.results)
 
 
 if __name__ == "__main__":
