@@ -44,9 +44,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 OPTIONS = ("--width 16 --no-small-stem --image-size 32 --head 512 --batch-size 64 --lr 0.24 "
            "--weight-decay 5e-4 --blur 0")             # pretrain.py's toy recipe, for every pool
-SUB_SHARE = 7 / 8                                      # steps with sub-nets: phases 1 to 4 of 0 to 4
-SUB_COST = 1.25                                        # of a sub-net's image, in SimSiam images
-M = 2                                                  # sub-nets a step, B images each
+IMAGES = 1 + 2 * 7 / 8                                 # a step's, in B: m = 2 in 7 of 8 phases
+COST = 1 + 2.5 * 7 / 8                                 # and what it costs, in SimSiam steps
+CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
+              "simsiam_cost": "equal cost"}            # rows that SDR is compared with
 
 
 class Pool(NamedTuple):
@@ -82,8 +83,6 @@ class Row(NamedTuple):
     subset: str = None
 
 
-IMAGES = 1 + M * SUB_SHARE                             # of SDR, in images of its largest network
-COST = 1 + M * SUB_SHARE * SUB_COST
 ROWS = {
     "base": Row("SimSiam, where all go on from", (1, 0), start=None),
     "simsiam": Row("SimSiam, equal epochs"),
@@ -123,15 +122,6 @@ def rows_of(pool):
 
 # ------------------------------------------------------------------------------------ pools
 
-def link_photographs(target, source, names):
-    """A folder of links to some of the photographs, named as they are."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        link = target / os.path.basename(name)
-        if not link.is_symlink():
-            link.symlink_to(source / name)
-
-
 def make_pool(pool, seed, packs, where):
     """The images' folder, the tasks' folders {name: Path}, and a function: name -> kind."""
     if pool == "toy":
@@ -148,13 +138,13 @@ def make_pool(pool, seed, packs, where):
         nature = set((packs / "tiny-imagenet/half_nature.txt").read_text().split())
         return photographs, tin, lambda name: "nature" if name[:9] in nature else "artefacts"
     images = where / "pool"
-    images.mkdir(parents=True, exist_ok=True)
-    for folder in (packs / "domains/pool").iterdir():
-        if not (images / folder.name).is_symlink():
-            (images / folder.name).symlink_to(folder)
-    names = (packs / "domains/photos.txt").read_text().split()
-    if not (images / "photos").exists():
-        link_photographs(images / "photos", photographs, names)
+    (images / "photos").mkdir(parents=True, exist_ok=True)
+    links = {folder.name: folder for folder in (packs / "domains/pool").iterdir()}
+    for name in (packs / "domains/photos.txt").read_text().split():
+        links[f"photos/{os.path.basename(name)}"] = photographs / name
+    for name, source in links.items():
+        if not (images / name).is_symlink():
+            (images / name).symlink_to(source)
     own = {path.name: path for path in (packs / "domains/tasks").iterdir()}
     return images, own | tin, lambda name: name.split("/")[0]
 
@@ -224,8 +214,8 @@ def run_row(name, row, pool, seed, where, packs, options, commit):
     epochs = row.epochs[0] * POOLS[pool].base + row.epochs[1] * POOLS[pool].more
     training = next(command for command in commands if command[0] == "pretrain.py")
     line = {"pool": pool, "seed": seed, "row": name, "commit": commit,
-            "torch": str(torch.__version__), "machine": processor(), "cpu_minutes": used / 60,
-            "minutes": (time.time() - began) / 60, "epochs": epochs,
+            "torch": str(torch.__version__), "machine": platform.platform(), "epochs": epochs,
+            "minutes": (time.time() - began) / 60, "cpu_minutes": used / 60,
             "images": epochs * count * (IMAGES if row.clusters else 1),
             "command": " ".join(map(str, training)).replace(f"{where}/", ""),
             "tasks": {task: read_result(where / name / task) for task in POOLS[pool].kind_of}}
@@ -236,14 +226,6 @@ def run_row(name, row, pool, seed, where, packs, options, commit):
     if options:
         line["options"] = options
     return line
-
-
-def processor():
-    """The processor's name and threads, for the lines."""
-    names = [text.split(":")[1].strip() for text in open("/proc/cpuinfo") if "model name" in text]
-    flags = open("/proc/cpuinfo").read()
-    kind = "bf16" if "avx512_bf16" in flags else "AVX2 or AVX-512, fp32"
-    return f"{names[0] if names else platform.machine()}, {kind}, one thread"
 
 
 def read_result(folder):
@@ -346,14 +328,15 @@ def spread(values, sign=""):
     return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.1f}"
 
 
-def verdict(gains):
-    """What the seeds say of "is above": in words."""
+def verdict(gains, of="seed"):
+    """What seeds, or tasks, say of "is above": in words."""
     above = sum(gain > 0 for gain in gains)
     if not gains:
         return "not measured"
-    if 0 < above < len(gains):
-        return f"in {above} of {len(gains)} seeds"
-    return ("holds" if above else "does not hold") + f" ({len(gains)} seed{'s'[:len(gains) > 1]})"
+    word = "in"
+    if above in (0, len(gains)):
+        word = "holds," if above else "does not hold,"
+    return f"{word} {above} of {len(gains)} {of}s"
 
 
 def table(head, rows):
@@ -372,16 +355,12 @@ def core_table(data):
         keys = ("routed", "largest", "mean", "best") if subnets else ("largest",)
         cells = [spread(data.scores(name, key).values()) for key in keys] + [""] * (4 - len(keys))
         other = [spread(data.gains(name, against), "+") for against in CURRENCIES if subnets]
-        images, minutes = (np.mean([line[key] for line in lines]) for key in
-                           ("images", "cpu_minutes"))
-        body.append([row.text, *cells, *(other or ["", "", ""]), len(lines),
-                     f"{images / 1000:,.0f}", f"{minutes:.0f}"])
+        images = np.mean([line["images"] for line in lines]) / 1000
+        cost = images * COST / IMAGES if subnets else images
+        body.append([row.text, *cells, *(other or ["", "", ""]), len(lines), f"{images:,.0f}",
+                     f"{cost:,.0f}"])
     return table(["row", "routed, or alone", "its largest", "mean sub-net", "best by test",
-                  "- SimSiam, epochs", "images", "cost", "seeds", "images, 1000", "CPU min"], body)
-
-
-CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
-              "simsiam_cost": "equal cost"}
+                  "- SimSiam, epochs", "images", "cost", "seeds", "1000 images", "their cost"], body)
 
 
 def task_table(data):
@@ -402,81 +381,66 @@ def task_table(data):
 
 def claims(data):
     """[(claim, what is measured, verdict), ...] of a pool."""
-    tasks = [t for t in POOLS[data.pool].kind_of if t not in data.tuning]
-    kinds = {task: POOLS[data.pool].kind_of[task] for task in tasks}
-    oracle = {task: data.gains(f"only_{kinds[task]}", "simsiam", task=task) for task in tasks}
-    alone = [t for t in tasks if oracle[t] and np.mean(oracle[t]) > 0]
-    rows = [("1: negative transfer", f"SimSiam on a task's own kind alone is ahead of SimSiam on "
-             f"everything, at equal images, on {len(alone)} of {len(tasks)} tasks; in the mean "
-             + spread([g for t in tasks for g in oracle[t]], "+"),
-             verdict([float(np.mean(oracle[t])) for t in tasks if oracle[t]]).replace("seed", "task"))]
+    kinds = {t: kind for t, kind in POOLS[data.pool].kind_of.items() if t not in data.tuning}
+    own = {t: data.gains(f"only_{kind}", "simsiam", task=t) for t, kind in kinds.items()}
+    own = [float(np.mean(gains)) for gains in own.values() if gains]
+    rows = [("1: a task's own kind alone teaches more than everything, at equal images",
+             spread(own, "+"), verdict(own, "task"))]
     for row, text in CURRENCIES.items():
         gains = data.gains("sdr", row)
         rows.append((f"2: SDR over SimSiam, {text}", spread(gains, "+"), verdict(gains)))
-    gain = {t: np.mean(data.gains("sdr", "simsiam", task=t) or [0]) for t in tasks}
-    ranked = sorted(tasks, key=gain.get)
-    rows.append(("3: some tasks gain most", f"from {gain[ranked[0]]:+.1f} ({ranked[0]}) to "
-                 f"{gain[ranked[-1]]:+.1f} ({ranked[-1]})", "see the figure"))
-    runs = list(data.rows.get("sdr", {}).values())
-    noise, spreads, agree = [], [], []
-    for line in runs:
-        for one in (line["tasks"][t] for t in tasks):
-            share = one["mean"] / 100
-            noise.append(100 * (share * (1 - share) / one["images"]) ** 0.5)
-            spreads.append(np.std(one["tests"]))
-            agree.append(one.get("correlation", 0.0))
-    if runs:
-        rows.append(("4: sub-nets differ", f"std of their scores {np.mean(spreads):.1f} points, noise "
-                     f"of one {np.mean(noise):.1f}; leave-one-out and test scores correlate by "
-                     f"{np.mean(agree):.2f}", verdict([s - n for s, n in zip(spreads, noise)])
-                     .replace("seed", "task")))
-        own = [line["clusters"][t].get("chosen", 0) - line["clusters"][t]["pool"]
-               for line in runs for t in tasks]
-        rows.append(("5: the right cluster", "its own kind's share in the chosen sub-net's cluster, "
-                     "above that in the pool: " + spread([100 * o for o in own], "+") + " points",
-                     verdict(own).replace("seed", "task")))
+    every = [data.gains("sdr", "simsiam", task=t) for t in kinds]
+    every = [float(np.mean(gains)) for gains in every if gains]
+    rows.append(("2, 3: on every task, equal epochs", spread(every, "+"), verdict(every, "task")))
+    runs = [(line["tasks"][t], line["clusters"][t])
+            for line in data.rows.get("sdr", {}).values() for t in kinds]
+    noise = [(one["mean"] * (100 - one["mean"]) / one["images"]) ** 0.5 for one, _ in runs]
+    excess = [np.std(one["tests"]) - by_chance for (one, _), by_chance in zip(runs, noise)]
+    agree = spread(one.get("correlation", 0.0) * 100 for one, _ in runs)
+    rows.append(("4: sub-nets differ on a task: std of test scores, above noise; correlation of "
+                 f"leave-one-out and test scores, %: {agree}", spread(excess, "+"),
+                 verdict(excess, "task")))
+    right = [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs]
+    rows.append(("5: the chosen cluster holds more of the task's kind than the pool, % points",
+                 spread(right, "+"), verdict(right, "task")))
     for row in ("no_kd", "l2", "shared_heads", "no_phases", "random", "one", "narrow"):
         gains = data.gains("sdr", row)
-        rows.append((f"7: SDR over \"{ROWS[row].text}\"", spread(gains, "+"), verdict(gains)))
-    more = [spread(data.scores(row).values()) or "-" for row in ("one", "k16", "k81", "k256")]
-    rows.append(("8: more sub-nets", f"k = 1, 16, 81, 256: {', '.join(more)}",
-                 verdict(data.gains("k256", "k16"))))
-    least = [min(line["least_sub_std"] for line in data.rows[row].values()) if row in data.rows
-             else None for row in ("scratch", "scratch_no_phases")]
-    rows.append(("9: phases prevent collapse", f"least std of sub-nets with, without: {least}",
+        rows.append((f"7: SDR over {ROWS[row].text}", spread(gains, "+"), verdict(gains)))
+    for row, text in (("one", "1"), ("k16", "16"), ("k81", "81")):
+        gains = data.gains("k256", row)
+        rows.append((f"8: k = 256 over k = {text}", spread(gains, "+"), verdict(gains)))
+    least = {row: [line["least_sub_std"] for line in data.rows.get(row, {}).values()]
+             for row in ("scratch", "scratch_no_phases")}
+    rows.append(("9: from scratch, phases over none; least std of sub-nets "
+                 + ", ".join(f"{min(values):.2f}" for values in least.values() if values),
+                 spread(data.gains("scratch", "scratch_no_phases"), "+"),
                  verdict(data.gains("scratch", "scratch_no_phases"))))
     return rows
 
 
 def figures(data, results):
-    """PNGs of the claims, where matplotlib is; one line where it is not."""
+    """PNGs for claims 1, and 2 with 7, where matplotlib is; one line where it is not."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no figures: pip install matplotlib")
         return
-    tasks = list(POOLS[data.pool].kind_of)
-    plots = {"transfer": ([f"only_{kind}" for kind in sorted(set(POOLS[data.pool].kind_of.values()))],
-                          "SimSiam on one kind alone over SimSiam on everything, equal images"),
-             "gains": (["simsiam_images", "simsiam_cost", "random", "no_kd", "no_phases", "sdr"],
-                       "over SimSiam at equal epochs, kNN on test images")}
-    for name, (rows, title) in plots.items():
-        rows = [row for row in rows if data.gains(row, "simsiam")]
-        if not rows:
-            continue
-        figure = Figure(figsize=(8, 4), layout="constrained")
+    tasks, rows = list(POOLS[data.pool].kind_of), rows_of(data.pool)
+    plots = {"transfer": [row for row in rows if row.startswith("only_")],
+             "gains": ["simsiam_images", "simsiam_cost", "random", "no_kd", "no_phases", "sdr"]}
+    for name, shown in plots.items():
+        shown = [row for row in shown if data.gains(row, "simsiam")]
+        figure, width = Figure(figsize=(9, 4.5), layout="constrained"), 0.8 / max(1, len(shown))
         axes = figure.subplots()
-        for i, row in enumerate(rows):
-            gains = [data.gains(row, "simsiam", task=task) for task in tasks]
-            shade = str(0.85 - 0.75 * i / max(1, len(rows) - 1))
-            axes.bar(np.arange(len(tasks)) + (i + 0.5) * 0.8 / len(rows), list(map(np.mean, gains)),
-                     0.8 / len(rows), color=shade, edgecolor="black",
-                     label=rows_of(data.pool)[row].text)
+        for i, row in enumerate(shown):
+            gains = [np.mean(data.gains(row, "simsiam", task=task)) for task in tasks]
+            shade = str(0.9 - 0.8 * i / max(1, len(shown) - 1))
+            axes.bar(np.arange(len(tasks)) + i * width, gains, width, color=shade,
+                     edgecolor="black", label=rows[row].text)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(np.arange(len(tasks)) + 0.4, tasks)
-        axes.set_ylabel("points of accuracy")
-        axes.set_title(f"{data.pool}: {title}", fontsize=10)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks)
+        axes.set_ylabel("points of kNN accuracy over\nSimSiam on everything, equal epochs")
+        figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(results / f"{data.pool}_{name}.png", dpi=110)
 
 
@@ -489,8 +453,8 @@ def render(results):
             continue
         commits = sorted({line["commit"] for line in lines if line["pool"] == pool})
         seeds = sorted({line["seed"] for line in lines if line["pool"] == pool})
-        parts += [f"## {pool}\n", f"Seeds {seeds}; commits {', '.join(commits)}; kNN on test images, "
-                  "%; tasks with * chose settings, and no mean counts them.\n",
+        parts += [f"## {pool}\n", f"Seeds {seeds}; commits {', '.join(commits)}; kNN accuracy on "
+                  "test images, %; tasks with * chose settings, and no mean counts them.\n",
                   table(["claim", "measured", "verdict"], claims(data)), core_table(data),
                   task_table(data)]
         figures(data, results)
