@@ -21,6 +21,7 @@ chosen on seeds 10 and 11 and on the tasks of TUNING, which no claim counts. A c
 voids the lines of the commits before it: remove them.
 """
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
+import sdrnet                                          # after the line that says where it is
 
 # ------------------------------------------------------------------------------------ what is run
 
@@ -74,13 +76,15 @@ POOLS = {
 
 class Row(NamedTuple):
     """epochs: of Pool.base, of Pool.more; start: the row whose network it starts from; clusters:
-    balanced, random (the same sizes), one (a single path for all images), or k; subset: a kind."""
+    balanced, random (the same sizes), one (a single path for all images), or k; subset: a kind;
+    backbone: the checkpoint that detects toy scenes; nothing else is trained then."""
     text: str
     epochs: tuple = (0, 1)
     clusters: str = None
     options: str = ""
     start: str = "base"
     subset: str = None
+    backbone: str = None
 
 
 ROWS = {
@@ -110,6 +114,10 @@ ROWS = {
     "sdr_byol": Row("SDR over BYOL", clusters="balanced", options="--objective byol",
                     start="base_byol"),
 }
+DETECTION = {
+    "detect_sdr": Row("detection by the sub-net of figures", backbone="sdr/figures/subnet.pt"),
+    "detect_simsiam": Row("detection by SimSiam, equal epochs", backbone="simsiam/simsiam.pt"),
+}
 
 
 def rows_of(pool):
@@ -117,26 +125,39 @@ def rows_of(pool):
     rows = {"base": ROWS["base"]}
     for kind in sorted(set(POOLS[pool].kind_of.values())):
         rows[f"only_{kind}"] = Row(f"SimSiam on {kind} alone, equal images", subset=kind)
-    return rows | ROWS
+    return rows | ROWS | (DETECTION if pool == "toy" else {})
 
 
 # ------------------------------------------------------------------------------------ pools
 
-def make_pool(pool, seed, packs, where):
-    """The images' folder, the tasks' folders {name: Path}, and a function: name -> kind."""
-    if pool == "toy":
+class Job(NamedTuple):
+    """A row on a seed of a pool; where: the folder of that pool and seed; options: beside the
+    row's, of --try."""
+    name: str
+    row: Row
+    pool: str
+    seed: int
+    where: Path
+    packs: Path
+    options: str = ""
+
+
+def make_pool(job):
+    """The images' folder, the tasks' folders, and a function: an image's name -> its kind."""
+    packs, where, kind_of = job.packs, job.where, POOLS[job.pool].kind_of
+    if job.pool == "toy":
         import toy
         if not (where / "toy/images").exists():
-            toy.draw(where / "toy", seed)
+            toy.draw(where / "toy", job.seed)
         kinds = [world for world in toy.WORLDS for _ in toy.WORLDS[world]]
-        order = np.random.default_rng([seed, 8]).permutation(4096)     # as toy.draw mixes them
-        tasks = {name: where / "toy/tasks" / name for name in POOLS[pool].kind_of}
-        return where / "toy/images", tasks, lambda name: kinds[order[int(name[-10:-4])] % 32]
+        order = np.random.default_rng([job.seed, 8]).permutation(4096)         # as toy.draw mixes
+        return (where / "toy/images", [where / "toy/tasks" / name for name in kind_of],
+                lambda name: kinds[order[int(name[-10:-4])] % 32])
     photographs = packs / "tiny-imagenet/images"
-    tin = {name: packs / "tin_tasks" / name for name in POOLS[pool].kind_of if "tin_" in name}
-    if pool == "photographs":
+    tasks = [packs / "tin_tasks" / name for name in kind_of if name.startswith("tin_")]
+    if job.pool == "photographs":
         nature = set((packs / "tiny-imagenet/half_nature.txt").read_text().split())
-        return photographs, tin, lambda name: "nature" if name[:9] in nature else "artefacts"
+        return photographs, tasks, lambda name: "nature" if name[:9] in nature else "artefacts"
     images = where / "pool"
     (images / "photos").mkdir(parents=True, exist_ok=True)
     links = {folder.name: folder for folder in (packs / "domains/pool").iterdir()}
@@ -145,86 +166,100 @@ def make_pool(pool, seed, packs, where):
     for name, source in links.items():
         if not (images / name).is_symlink():
             (images / name).symlink_to(source)
-    own = {path.name: path for path in (packs / "domains/tasks").iterdir()}
-    return images, own | tin, lambda name: name.split("/")[0]
+    tasks += (packs / "domains/tasks").iterdir()
+    return images, tasks, lambda name: name.split("/")[0]
 
 
-def make_clusters(row, base, target, seed, commands):
-    """The clusters.npy that a row trains on; k of another value than the base's are learned."""
-    if row.clusters == "balanced":
+def read_listing(job):
+    """The pool's images, as `base` has listed them."""
+    return (job.where / "base/images.txt").read_text().splitlines()
+
+
+# ------------------------------------------------------------------------------------ running
+
+def make_clusters(job, commands):
+    """The clusters.npy that a row trains on; a command where they are to be learned first."""
+    base, target = job.where / "base", job.where / job.name
+    if job.row.clusters == "balanced":
         return base / "clusters.npy"
-    if row.clusters.isdecimal():
+    if job.row.clusters.isdecimal():
         commands.append(["cluster.py", "--features", base / "features.npy", "--out", target,
-                         "--k", row.clusters, "--seed", seed])
+                         "--k", job.row.clusters, "--seed", job.seed])
         return target / "clusters.npy"
     clusters = np.load(base / "clusters.npy")
-    if row.clusters == "random":
-        clusters = np.random.default_rng([seed, 9]).permutation(clusters)
+    if job.row.clusters == "random":
+        clusters = np.random.default_rng([job.seed, 9]).permutation(clusters)
     else:
         clusters = np.full_like(clusters, 15)          # path (1, 1, 1, 1) of g = 2
     np.save(target / "clusters.npy", clusters)
     return target / "clusters.npy"
 
 
-# ------------------------------------------------------------------------------------ running
+def epochs_of(job):
+    """Epochs of the whole pool that W_0, or the network alone, is trained for."""
+    base, more = job.row.epochs
+    return base * POOLS[job.pool].base + more * POOLS[job.pool].more
 
-def commands_of(name, row, pool, seed, where, packs, options):
-    """The scripts' command lines of a row, as lists; [] stands for what is not needed."""
-    images, tasks, kind_of = make_pool(pool, seed, packs, where)
-    base, target, commands = where / "base", where / name, []
+
+def commands_of(job):
+    """The scripts' command lines of a job, as lists."""
+    images, tasks, kind_of = make_pool(job)
+    row, target, epochs, commands = job.row, job.where / job.name, epochs_of(job), []
     target.mkdir(parents=True, exist_ok=True)
-    epochs = row.epochs[0] * POOLS[pool].base + row.epochs[1] * POOLS[pool].more
+    if row.backbone:
+        return [["detect_voc.py", "--voc", job.where / "toy/VOCdevkit", "--train", "2007:trainval",
+                 "--recipe", "quick", "--backbone", job.where / row.backbone, "--out", target,
+                 "--seed", job.seed, "--workers", 0]]
     network = "byol.pt" if "byol" in row.options else "simsiam.pt"
-    train = ["pretrain.py", "--data", images, "--out", target, "--seed", seed, "--workers", 0,
-             *OPTIONS.split(), *row.options.split(), *options.split()]
+    train = ["pretrain.py", "--data", images, "--out", target, "--seed", job.seed, "--workers", 0,
+             *OPTIONS.split(), *row.options.split(), *job.options.split()]
     if row.subset:
-        names = (base / "images.txt").read_text().splitlines()
+        names = read_listing(job)
         members = [i for i, image in enumerate(names) if kind_of(image) == row.subset]
         np.save(target / "subset.npy", members)
         train += ["--subset", target / "subset.npy"]
         epochs *= len(names) / len(members)
     if row.clusters:
-        train += ["--clusters", make_clusters(row, base, target, seed, commands)]
-    start = where / row.start / network if row.start else "none"
+        train += ["--clusters", make_clusters(job, commands)]
+    start = job.where / row.start / network if row.start else "none"
     commands.append([*train, "--epochs", f"{epochs:g}", "--init", start])
-    if name == "base":
-        commands.append(["cluster.py", "--out", target, "--data", images, "--seed", seed])
+    if job.name == "base":
+        commands.append(["cluster.py", "--out", target, "--data", images, "--seed", job.seed])
     network = "sdrnet.pt" if row.clusters else network
-    commands.append(["route.py", "--out", target, "--network", target / network, "--data", images,
-                     "--workers", 0, "--max-train", 100000,
-                     *(part for task in tasks.values() for part in ("--task", task))])
+    route = ["route.py", "--out", target, "--network", target / network, "--data", images,
+             "--workers", 0, "--max-train", 100000]
+    commands.append(route + [part for task in tasks for part in ("--task", task)])
     return commands
 
 
-def run_row(name, row, pool, seed, where, packs, options, commit):
-    """Runs a row's commands, output to <where>/<name>/log.txt; returns its line, a dict."""
-    commands = commands_of(name, row, pool, seed, where, packs, options)
-    began, used = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    for command in commands:
+def run_job(job, commit):
+    """Runs a job's commands, output to <where>/<name>/log.txt; returns its line, a dict."""
+    target, began = job.where / job.name, time.time()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    for command in commands_of(job):
         command = [str(part) for part in command]
-        print(f"  {command[0]} -> {where / name}/log.txt", flush=True)
-        with open(where / name / "log.txt", "a") as log:
+        print(f"  {command[0]} -> {target}/log.txt", flush=True)
+        if command[0] in ("pretrain.py", "detect_voc.py"):
+            training = " ".join(command).replace(f"{job.where}/", "")
+        with open(target / "log.txt", "a") as log:
             code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log,
                                   stderr=subprocess.STDOUT).returncode
         if code:
-            raise SystemExit(f"reproduce.py: error: {' '.join(command)} ended with {code}: see "
-                             f"{where / name}/log.txt")
+            raise sdrnet.InputError(f"{' '.join(command)} ended with {code}: see {target}/log.txt")
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
-    count = len((where / "base/images.txt").read_text().splitlines())
-    epochs = row.epochs[0] * POOLS[pool].base + row.epochs[1] * POOLS[pool].more
-    training = next(command for command in commands if command[0] == "pretrain.py")
-    line = {"pool": pool, "seed": seed, "row": name, "commit": commit,
-            "torch": str(torch.__version__), "machine": platform.platform(), "epochs": epochs,
-            "minutes": (time.time() - began) / 60, "cpu_minutes": used / 60,
-            "images": epochs * count * (IMAGES if row.clusters else 1),
-            "command": " ".join(map(str, training)).replace(f"{where}/", ""),
-            "tasks": {task: read_result(where / name / task) for task in POOLS[pool].kind_of}}
-    if row.clusters:
-        line["clusters"] = describe_clusters(where, name, row, pool, seed, packs)
-        logs = [json.loads(text) for text in open(where / name / "sdrnet.log.jsonl")]
-        line["least_sub_std"] = min(log.get("sub_std", 9.0) for log in logs)
-    if options:
-        line["options"] = options
+    line = {"pool": job.pool, "seed": job.seed, "row": job.name, "commit": commit,
+            "torch": str(torch.__version__), "machine": platform.platform(), "command": training,
+            "minutes": (time.time() - began) / 60, "cpu_minutes": used / 60}
+    if job.row.backbone:
+        metrics = json.loads((target / "detection/metrics.json").read_text())
+        return line | {"tasks": {"scenes": {"largest": metrics["result"]["coco"]["AP"]}}}
+    images = epochs_of(job) * len(read_listing(job)) * (IMAGES if job.row.clusters else 1)
+    tasks = {task: read_result(target / task) for task in POOLS[job.pool].kind_of}
+    line |= {"epochs": epochs_of(job), "images": images, "tasks": tasks}
+    if job.row.clusters:
+        line["clusters"] = describe_clusters(job, tasks)
+        line["least_sub_std"] = min(log.get("sub_std", 9.0)
+                                    for log in read_lines(target / "sdrnet.log.jsonl"))
     return line
 
 
@@ -242,18 +277,17 @@ def read_result(folder):
     return line
 
 
-def describe_clusters(where, name, row, pool, seed, packs):
+def describe_clusters(job, tasks):
     """For each task the share of its chosen sub-net's images that are of the task's own kind."""
-    own = where / name / "clusters.npy"
-    clusters = np.load(own if own.exists() else where / "base/clusters.npy")
-    names = (where / "base/images.txt").read_text().splitlines()
-    kinds = np.array(list(map(make_pool(pool, seed, packs, where)[2], names)))
+    own = job.where / job.name / "clusters.npy"
+    clusters = np.load(own if own.exists() else job.where / "base/clusters.npy")
+    kinds = np.array([make_pool(job)[2](name) for name in read_listing(job)])
     shares = {"sizes": np.bincount(clusters, minlength=16).tolist()}
-    for task, kind in POOLS[pool].kind_of.items():
-        index = read_result(where / name / task)["index"]
+    for task, kind in POOLS[job.pool].kind_of.items():
+        members = clusters == tasks[task]["index"]
         shares[task] = {"pool": float((kinds == kind).mean())}
-        if index is not None and (clusters == index).any():
-            shares[task]["chosen"] = float((kinds[clusters == index] == kind).mean())
+        if members.any():
+            shares[task]["chosen"] = float((kinds[members] == kind).mean())
     return shares
 
 
@@ -266,29 +300,27 @@ def run(args):
     """Rows outside, seeds inside: what is cut is the tail of ROWS."""
     status = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
                             capture_output=True, text=True)
-    commit, began = status.stdout.strip() or "unknown", time.time()
+    commit, began, rows = status.stdout.strip() or "unknown", time.time(), rows_of(args.pool)
+    for name in args.only or ():
+        if name not in rows:
+            raise sdrnet.InputError(f"--only {name}: the rows are {' '.join(rows)}")
     target = args.results / ("tried.jsonl" if args.tried else "claims.jsonl")
-    rows = rows_of(args.pool)
-    unknown = sorted(set(args.only or []) - set(rows))
-    if unknown:
-        raise SystemExit(f"reproduce.py: error: no row {unknown[0]}: there are {' '.join(rows)}")
-    jobs = {name: (rows[name], "") for name in rows if not args.only or name in args.only}
+    jobs = {name: (row, "") for name, row in rows.items() if name in (args.only or rows)}
     if args.tried:
         name, _, options = args.tried.partition("=")
-        row = rows[args.only[0] if args.only else "sdr"]
-        jobs = {"base": (rows["base"], ""), f"try_{name}": (row, options)}
-    for name, (row, options) in jobs.items():
-        for seed in args.seeds:
-            key = {"pool": args.pool, "seed": seed, "row": name}
-            if any(key.items() <= line.items() for line in read_lines(target)):
-                continue
-            if (time.time() - began) / 60 > args.budget_minutes:
-                raise SystemExit(f"the budget is used; next is {key}: the same command goes on")
-            print(key, flush=True)
-            where = args.work / args.pool / f"seed{seed}"
-            line = run_row(name, row, args.pool, seed, where, args.packs, options, commit)
-            with open(target, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        jobs = {"base": (rows["base"], ""), name: (rows[(args.only or ["sdr"])[0]], options)}
+    for (name, (row, options)), seed in itertools.product(jobs.items(), args.seeds):
+        key = {"pool": args.pool, "seed": seed, "row": name}
+        if any(key.items() <= line.items() for line in read_lines(target)):
+            continue
+        if time.time() - began > 60 * args.budget_minutes:
+            print(f"the budget is used; next is {key}: the same command goes on")
+            return
+        print(key, flush=True)
+        where = args.work / args.pool / f"seed{seed}"
+        line = run_job(Job(name, row, args.pool, seed, where, args.packs, options), commit)
+        with open(target, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 # ------------------------------------------------------------------------------------ what came out
@@ -355,12 +387,12 @@ def core_table(data):
         keys = ("routed", "largest", "mean", "best") if subnets else ("largest",)
         cells = [spread(data.scores(name, key).values()) for key in keys] + [""] * (4 - len(keys))
         other = [spread(data.gains(name, against), "+") for against in CURRENCIES if subnets]
-        images = np.mean([line["images"] for line in lines]) / 1000
+        images = np.mean([line.get("images", 0) for line in lines]) / 1000
         cost = images * COST / IMAGES if subnets else images
         body.append([row.text, *cells, *(other or ["", "", ""]), len(lines), f"{images:,.0f}",
                      f"{cost:,.0f}"])
     return table(["row", "routed, or alone", "its largest", "mean sub-net", "best by test",
-                  "- SimSiam, epochs", "images", "cost", "seeds", "1000 images", "their cost"], body)
+                  "- SimSiam, epochs", "images", "cost", "seeds", "1000 images", "cost"], body)
 
 
 def task_table(data):
@@ -403,6 +435,8 @@ def claims(data):
     right = [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs]
     rows.append(("5: the chosen cluster holds more of the task's kind than the pool, % points",
                  spread(right, "+"), verdict(right, "task")))
+    gains = data.gains("detect_sdr", "detect_simsiam")
+    rows.append(("6: SDR's sub-net detects better, AP", spread(gains, "+"), verdict(gains)))
     for row in ("no_kd", "l2", "shared_heads", "no_phases", "random", "one", "narrow"):
         gains = data.gains("sdr", row)
         rows.append((f"7: SDR over {ROWS[row].text}", spread(gains, "+"), verdict(gains)))
@@ -480,8 +514,11 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.work, args.packs = args.work.resolve(), args.packs.resolve()
-    if not args.render:
-        run(args)
+    try:
+        if not args.render:
+            run(args)
+    except sdrnet.InputError as error:
+        parser.error(str(error))
     render(args.results)
 
 

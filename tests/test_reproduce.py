@@ -1,0 +1,78 @@
+"""The claims' script: what it runs, and what it makes of the lines."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import reproduce
+from conftest import ROOT
+
+
+def job(tmp_path, name):
+    """A job on a toy seed whose base was run: 4,096 names, clusters of 16."""
+    base = tmp_path / "base"
+    base.mkdir(exist_ok=True)
+    (tmp_path / "toy/images").mkdir(parents=True, exist_ok=True)
+    (base / "images.txt").write_text("".join(f"seed3_{i:06d}.png\n" for i in range(4096)))
+    np.save(base / "clusters.npy", np.arange(4096) % 16)
+    return reproduce.Job(name, reproduce.rows_of("toy")[name], "toy", 3, tmp_path, tmp_path)
+
+
+def option(command, name):
+    return str(command[command.index(name) + 1])
+
+
+def test_currencies_count_what_they_name(tmp_path):
+    """SDR of E epochs of N images, B a step, two sub-nets of B in 7 of 8 steps."""
+    epochs = {name: float(option(reproduce.commands_of(job(tmp_path, name))[0], "--epochs"))
+              for name in ("sdr", "simsiam", "simsiam_images", "simsiam_cost")}
+    steps = 4096 / 64 * epochs["sdr"]
+    assert epochs["simsiam"] == epochs["sdr"] == 10
+    assert epochs["simsiam_images"] * 4096 == steps * (64 + 7 / 8 * 2 * 64)
+    assert epochs["simsiam_cost"] * 4096 == pytest.approx(64 * steps * (1 / 8 + 7 / 8 * 3.5))
+
+
+def test_a_kind_alone_sees_as_many_images(tmp_path):
+    command, = [c for c in reproduce.commands_of(job(tmp_path, "only_lands"))
+                if c[0] == "pretrain.py"]
+    members = np.load(tmp_path / "only_lands/subset.npy")
+    assert len(members) == 1024
+    assert float(option(command, "--epochs")) * len(members) == 10 * 4096
+    order = np.random.default_rng([3, 8]).permutation(4096)            # lands: the third world
+    assert set(order[members] % 32) == set(range(16, 24))
+
+
+def test_random_clusters_keep_their_sizes(tmp_path):
+    reproduce.commands_of(job(tmp_path, "random"))
+    clusters = np.load(tmp_path / "random/clusters.npy")
+    assert (np.bincount(clusters) == 256).all() and (clusters != np.arange(4096) % 16).any()
+
+
+def line(row, seed, routed, largest):
+    tasks = {name: {"largest": largest, "routed": routed, "images": 400, "mean": 30.0, "best": 40.0,
+                    "tests": [30.0, 40.0]} for name in reproduce.POOLS["toy"].kind_of}
+    if row != "sdr":
+        tasks = {name: {"largest": largest, "images": 400} for name in tasks}
+    clusters = {name: {"pool": 0.25, "chosen": 0.75} for name in tasks}
+    return {"pool": "toy", "seed": seed, "row": row, "commit": "c", "images": 1000, "tasks": tasks,
+            "clusters": clusters, "least_sub_std": 0.9}
+
+
+def test_tables_say_what_the_lines_hold(tmp_path):
+    lines = [line("sdr", 3, 36.0, 33.0), line("simsiam", 3, 0.0, 30.0), line("sdr", 4, 32.0, 31.0),
+             line("simsiam", 4, 0.0, 33.0)]
+    (tmp_path / "claims.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    reproduce.render(tmp_path)
+    text = (tmp_path / "claims.md").read_text()
+    assert "| 2: SDR over SimSiam, equal epochs | +2.5 ± 4.9 | in 1 of 2 seeds |" in text
+    assert "| 2: SDR over SimSiam, equal cost |  | not measured |" in text
+    assert "| SDR | 34.0 ± 2.8 | 32.0 ± 1.4 | 30.0 ± 0.0 | 40.0 ± 0.0 | +2.5 ± 4.9 |" in text
+    assert "+50.0 ± 0.0 | holds, 8 of 8 tasks |" in text
+
+
+def test_an_unknown_row_is_one_line(tmp_path):
+    run = subprocess.run([sys.executable, f"{ROOT}/tests/reproduce.py", "--only", "nonsense", "--work",
+                          str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "nonsense" in run.stderr
