@@ -7,9 +7,9 @@
     python detect_voc.py --voc mine --train train --test val --recipe quick
 
 In the paper's terms (SDR, AAAI 2022, "deployment"): the backbone is a sub-net W_i, and the whole
-detector is fine-tuned. Which of several it is, early stopping says: each of several --backbone, or
-of the --best sub-nets of a scores.npy, trains for --early-stop iterations on four fifths of the
-training images, the rest judges, and the best starts over on all. --random keeps the shape alone.
+detector is fine-tuned. Early stopping chooses among several --backbone, or the --best sub-nets of a
+scores.npy: each trains for --early-stop iterations on four fifths of the training images, is judged
+on the rest, and the best starts over on all. --random keeps the shape alone.
 
 Detector (C4): stages 1 to 3 of the ResNet -> proposals (RPN) -> RoIAlign -> stage 4, one more
 BatchNorm, mean -> class and box. Nothing is frozen, BatchNorm counts all processes.
@@ -193,7 +193,7 @@ def evaluate(truth, found, classes):
         images, first, count = np.unique(mine["image"], return_index=True, return_counts=True)
         for image, a, n in zip(images, first, count):
             here = objects["image"] == image
-            if not here.any():                         # all are false, as they stand
+            if not here.any():                         # all are false, as they stand: quicker
                 verdict[match_coco][:, a + 100:a + n] = -1
                 continue
             iou = box_iou(mine["box"][a:a + n], objects["box"][here]).tolist()
@@ -278,8 +278,9 @@ class VOC(Dataset):
     """Images with objects. Items (i, short side, mirrored) -> (uint8 (3, H, W) of that short side,
     its boxes (k, 4)), or the sentence that an image cannot be read.
 
-    folder, names: of ImageSets; classes: names, or None for those found. Attributes: paths, turned
-    (by EXIF), sizes [(width, height)], boxes, labels, difficult. Raises InputError."""
+    entries: [(folder of a year, image's name), ...] of `read_split`; classes: names, or None for
+    those found. Attributes: paths, turned (by EXIF), sizes [(width, height)], boxes, labels,
+    difficult. Raises InputError."""
 
     def __init__(self, entries, classes=None):
         self.paths, self.turned, self.sizes, self.boxes, self.difficult = [], [], [], [], []
@@ -287,6 +288,10 @@ class VOC(Dataset):
         for folder, name in sdrnet.progress(entries, "annotations", len(entries)):
             annotation = os.path.join(folder, "Annotations", f"{name}.xml")
             said, boxes, names, difficult = read_annotation(annotation)
+            unknown = set(names) - set(classes or names)
+            if unknown:
+                raise InputError(f"{annotation}: class {min(unknown)!r} is not one of "
+                                 f"{', '.join(classes)}")
             path = find_image(folder, name)
             turned, size = image_size(path, said)
             self.paths.append(path)
@@ -295,17 +300,13 @@ class VOC(Dataset):
             self.boxes.append(clip_boxes(boxes, size, annotation))
             self.difficult.append(difficult)
             words.append(names)
-            for word in names if classes is not None else ():
-                if word not in classes:
-                    raise InputError(f"{annotation}: class {word!r} is not one of "
-                                     f"{', '.join(classes)}")
-        self.classes = list(classes or sorted({word for names in words for word in names}))
+        self.classes = list(classes or sorted(set().union(*words)))
         self.labels = [np.array([self.classes.index(w) for w in names], int) for names in words]
-        if not any(len(boxes) for boxes in self.boxes):
+        if not any(words):
             raise InputError(f"{entries[0][0]}: no image of the split has an object")
-        turned = sum(self.turned)
-        if turned:
-            sdrnet.print0(f"{turned} of {len(self.paths):,} images are turned as their EXIF says")
+        if any(self.turned):
+            sdrnet.print0(f"{sum(self.turned)} of {len(self.paths):,} images are turned as their "
+                          "EXIF says")
 
     def __len__(self):
         return len(self.paths)
@@ -341,8 +342,8 @@ class VOC(Dataset):
 
 
 def image_size(path, said):
-    """(whether EXIF turns it, (width, height) then). It is turned, as annotation tools show it, but
-    where its annotation's size fits the raster as it lies only. Raises InputError."""
+    """(whether EXIF turns it, (width, height) then). Annotation tools show an image as EXIF turns
+    it; it stays as stored where only that fits `said`, the annotation's size. Raises InputError."""
     try:
         with Image.open(path) as image:
             raw, orientation = image.size, image.getexif().get(0x0112, 1)
@@ -350,7 +351,8 @@ def image_size(path, said):
         reason = sdrnet.first_line(error)
         raise InputError(f"{path} cannot be read as an image ({reason})") from None
     turned = raw[::-1] if orientation in (5, 6, 7, 8) else raw         # quarter turns
-    turns = orientation in range(2, 9) and not said == raw != turned
+    as_stored = said == raw and raw != turned
+    turns = orientation in range(2, 9) and not as_stored
     size = turned if turns else raw
     if said not in (None, size):
         raise InputError(f"{path} has {size[0]} x {size[1]} pixels, and its annotation says "
@@ -418,8 +420,8 @@ class AsTheyCome(GeneralizedRCNNTransform):
 
 
 class Sampler(BalancedPositiveNegativeSampler):
-    """torchvision's choice of the regions that the losses count, as a function of (seed, step), the
-    key, and of an image's position in the global batch, of which `first` is the first's here."""
+    """torchvision's random choice of the regions that the losses count, seeded by (seed, step), the
+    key, and the image's place in the global batch; `first` is the place of this process's first."""
     key, first = (0, 0), 0
 
     def __call__(self, matched):
@@ -445,7 +447,7 @@ def build_detector(net, classes, side=800, regions=512, amp="auto"):
     which the published anchors, of 32 to 512 pixels at 800, are scaled; regions: an image, in
     training. Train mode: (images, targets) -> dict of losses; eval mode: images -> detections."""
     stride = 4 if isinstance(net.maxpool, nn.Identity) else 16         # of stage 3's map
-    few = side <= 256                                  # a small image holds fewer proposals
+    small = side <= 256                                # fewer proposals, and coarser regions
     head = C4Head(net.layer4, net.features, amp)
     trunk = C4Backbone(net, amp)
     net.layer4 = nn.Identity()
@@ -453,14 +455,14 @@ def build_detector(net, classes, side=800, regions=512, amp="auto"):
     model = FasterRCNN(
         trunk, rpn_anchor_generator=AnchorGenerator((lengths,), ((0.5, 1.0, 2.0),)), box_head=head,
         box_predictor=FastRCNNPredictor(net.features, classes + 1),
-        rpn_pre_nms_top_n_train=1000 if few else 12000,
-        rpn_post_nms_top_n_train=300 if few else 2000,
-        rpn_pre_nms_top_n_test=500 if few else 6000,
-        rpn_post_nms_top_n_test=150 if few else 1000,
+        rpn_pre_nms_top_n_train=1000 if small else 12000,
+        rpn_post_nms_top_n_train=300 if small else 2000,
+        rpn_pre_nms_top_n_test=500 if small else 6000,
+        rpn_post_nms_top_n_test=150 if small else 1000,
         box_batch_size_per_image=regions, box_nms_thresh=0.5, box_detections_per_img=100)
     nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.01)      # as published
     nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.001)
-    model.roi_heads.box_roi_pool = RegionPool(7 if few else 14, 1 / stride, 0, aligned=True)
+    model.roi_heads.box_roi_pool = RegionPool(7 if small else 14, 1 / stride, 0, aligned=True)
     transform = model.transform
     model.transform = AsTheyCome(1, 1, transform.image_mean, transform.image_std)
     for part in (model.rpn, model.roi_heads):
@@ -475,28 +477,27 @@ def copy_backbone(source, path=None, random=False):
     source: a checkpoint of ours, an sdrnet.pt with the path "0,2,1,3" of a sub-net, or of another
     code base a ResNet-18/34/50; random: its shape alone. Raises InputError."""
     content = sdrnet.read_torch_file(source)
-    plain = None
     if isinstance(content, dict) and "kind" in content:
-        plain = sdrnet.load_network(source)
-        digits = None if path is None else sdrnet.read_path(path, plain)
-        if isinstance(plain, sdrnet.SDRNet):
-            plain = plain.extract(digits)
-        config = plain.config
+        net, message = sdrnet.load_network(source, sdrnet.BatchNorm), f"{source}: loaded"
     else:
-        text = str(content)
-        arch = "resnet50" if "layer1.0.conv3" in text else "resnet18"
-        if arch == "resnet18" and "layer3.5." in text:
-            arch = "resnet34"
+        text = str(content)                            # its keys, at any depth, with any prefix
+        arch = "resnet34" if "layer3.5." in text else "resnet18"
+        if "layer1.0.conv3" in text:
+            arch = "resnet50"
         config = dict(arch=arch, widths=[64, 128, 256, 512], stem=64)
-    net = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
-    net.config = config
+        net = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
+        net.config = config
+        message = sdrnet.load_weights(net, source)
+    if path is not None:
+        message += f", path {path}"
+    digits = None if path is None else sdrnet.read_path(path, net)
+    if isinstance(net, sdrnet.SDRNet):
+        net = net.extract(digits, sdrnet.BatchNorm)
     if random:
-        return net, f"{source}: its shape alone, RANDOM weights"
-    if plain is None:
-        return net, sdrnet.load_weights(net, source)
-    net.load_state_dict(plain.state_dict())
-    where = source if path is None else f"{source} path {path}"
-    return net, f"{where}: loaded {len(net.state_dict())} of {len(net.state_dict())} tensors"
+        config, message = net.config, f"{source}: its shape alone, RANDOM weights"
+        net = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
+        net.config = config
+    return net, message
 
 
 # ------------------------------------------------------------------------------------ training
@@ -565,18 +566,23 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
     ten minutes, at a signal and at the end; None: none."""
     optimizer = make_optimizer(model)
     first = sdrnet.resume(path, arguments, model, optimizer) if path else 0
-    ddp = DistributedDataParallel(model) if sdrnet.world_size() > 1 else model
+    ddp = model
+    if sdrnet.world_size() > 1:
+        ddp = DistributedDataParallel(model, broadcast_buffers=False)
     model.train()
     began = shown = saved = time.time()
     for step, images, targets in training_batches(data, indices, args, first, iterations, device):
+        rate = learning_rate(step, args.lr, iterations, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = rate = learning_rate(step, args.lr, iterations, args.warmup)
+            group["lr"] = rate
         losses = losses_of(ddp, images, targets, args.seed, step)
         loss = sum(losses.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         done, now = step + 1, time.time()
-        if sdrnet.on_any(not torch.isfinite(loss))[0]:
+        stop, save, broken = sdrnet.on_any(bool(sdrnet.CAUGHT), done == iterations or
+                                           now - saved > 600, not torch.isfinite(loss))
+        if broken:
             raise InputError(f"iteration {step:,}: the loss is not finite ({float(loss)}): take a "
                              "lower --lr, or --amp off")
         optimizer.step()
@@ -587,8 +593,7 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
             sdrnet.print0(f"iteration {done:,} of {iterations:,}  {parts}  lr {rate:.4f}  "
                           f"{speed * args.batch_size:.1f} img/s  "
                           f"minutes left {(iterations - done) / speed / 60:.1f}")
-        stop, late = sdrnet.on_any(bool(sdrnet.CAUGHT), now - saved > 600)
-        if path and (stop or late or done == iterations):
+        if path and (stop or save):
             saved = now
             sdrnet.save_state(path, done, arguments, model, optimizer)
         if stop:
@@ -617,7 +622,8 @@ def detect(model, data, indices, args, device):
     for j, ((image, _),) in sdrnet.progress(batches, "detecting: images", len(mine)):
         result, = model([image.to(device).float() / 255])
         found = {key: value.double().cpu().numpy() for key, value in result.items()}
-        scale = np.tile(np.divide(data.sizes[indices[j]], image.shape[:0:-1]), 2)
+        height, width = image.shape[1:]
+        scale = np.tile(np.divide(data.sizes[indices[j]], (width, height)), 2)
         n = len(found["scores"])
         rows.append(np.column_stack([np.full(n, j), found["labels"] - 1, found["scores"],
                                      found["boxes"].reshape(n, 4) * scale]))
@@ -632,13 +638,17 @@ def detect(model, data, indices, args, device):
 
 
 def early_stopping(candidates, data, args, device, path, arguments):
-    """The paper's choice for detection: each candidate (name, source, path) trains for
+    """The paper's choice for detection: each candidate (name, source, digits) trains for
     args.early_stop iterations on four fifths of the training images, the rest judges.
 
-    Prints one table and writes it; what it holds already is not done again. Returns the best."""
-    order = np.random.default_rng([args.seed, 3]).permutation(len(data))
-    count = max(1, round(HELD_OUT * len(data)))
+    path: the table, which is printed too; what it holds is not done again. Returns the best."""
+    usable = [i for i in range(len(data)) if not data.difficult[i].all()]          # can be judged
+    order = np.random.default_rng([args.seed, 3]).permutation(usable)
+    count = max(1, round(HELD_OUT * len(usable)))
     held, rest = order[:count].tolist(), order[count:].tolist()
+    if not rest:
+        raise InputError(f"early stopping needs two training images with objects, and there is "
+                         f"{len(usable)}: name one --backbone")
     content = {"arguments": arguments, "table": {}}
     if os.path.exists(path):
         with open(path) as file:
@@ -666,10 +676,10 @@ def early_stopping(candidates, data, args, device, path, arguments):
 
 def make_detector(source, digits, data, args, device):
     """A detector from a backbone; what is new in it is a function of the seed alone."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)                       # of --random
     net, message = copy_backbone(source, digits, args.random)
     sdrnet.print0(message)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)                       # the same whatever was drawn above
     model = build_detector(net, len(data.classes), args.test_side, args.regions, args.amp)
     return model.to(device)
 
@@ -762,7 +772,7 @@ def build_parser():
 
 def fill_defaults(args):
     """The recipe's values for options not given, by the linear rule for another batch size."""
-    recipe = dict(RECIPES[args.recipe or ("voc" if args.voc else "quick")])
+    recipe = dict(RECIPES[args.recipe or "voc"])
     if args.test_side:                                 # sides keep their proportion
         recipe["sides"] = [max(32, round(side * args.test_side / recipe["test_side"]))
                            for side in recipe["sides"]]
@@ -779,28 +789,25 @@ def fill_defaults(args):
 
 def list_candidates(args):
     """[(name, source, digits), ...]: the backbones to start from, one without --scores."""
-    if args.scores:
-        scores = np.load(args.scores) if os.path.isfile(args.scores) else None
-        source = args.backbone[0] if args.backbone else os.path.join(args.out, "sdrnet.pt")
-        groups = sdrnet.load_checkpoint(source, "sdrnet")["config"]["groups"]
-        if scores is None or scores.shape != (groups ** 4,):
-            raise InputError(f"--scores {args.scores}: no scores.npy of the {groups ** 4} sub-nets "
-                             f"of {source}")
-        best = np.argsort(-scores, kind="stable")[:args.best]
-        paths = [",".join(map(str, sdrnet.index_to_path(int(index), groups))) for index in best]
-        return [(f"sub-net {index}, path {path}", source, path) for index, path in zip(best, paths)]
-    if args.backbone:
-        return [(source, source, args.path) for source in args.backbone]
-    files = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy")))
+    sources = args.backbone or [os.path.join(args.out, "sdrnet.pt")]
+    if not args.scores and (args.backbone or args.path):
+        return [(source, source, args.path) for source in sources]
+    files, count = [args.scores], args.best
+    if not args.scores:
+        files, count = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy"))), 1
     if not files:
         raise InputError(f"no task was routed in {args.out}: run route.py, or name a --backbone")
-    mean = np.mean([np.load(file) for file in files], axis=0)
-    source = os.path.join(args.out, "sdrnet.pt")
-    groups = sdrnet.load_checkpoint(source, "sdrnet")["config"]["groups"]
-    path = sdrnet.index_to_path(int(mean.argmax()), groups)
-    sdrnet.print0(f"sub-net {mean.argmax()}, path {path}: the best mean score, {mean.max():.1f} %, "
-                  f"over the {len(files)} tasks routed in {args.out}")
-    return [(f"sub-net {mean.argmax()}", source, ",".join(map(str, path)))]
+    groups = sdrnet.load_checkpoint(sources[0], "sdrnet")["config"]["groups"]
+    for file in files:
+        if not os.path.isfile(file) or np.load(file).shape != (groups ** sdrnet.STAGES,):
+            raise InputError(f"{file}: no scores.npy of the {groups}^4 sub-nets of {sources[0]}")
+    scores, candidates = np.mean([np.load(file) for file in files], axis=0), []
+    for index in np.argsort(-scores, kind="stable")[:count].tolist():
+        digits = ",".join(map(str, sdrnet.index_to_path(index, groups)))
+        candidates.append((f"sub-net {index}, path {digits}", sources[0], digits))
+        sdrnet.print0(f"sub-net {index}, path {digits}: score {scores[index]:.1f} %, the mean over "
+                      f"{len(files)} tasks")
+    return candidates
 
 
 def run(args):
@@ -810,13 +817,13 @@ def run(args):
         args.recipe = args.recipe or "quick"
         args.voc = os.path.join(sdrnet.toy_folder(), "VOCdevkit")
         args.train = "2007:trainval"
-        if "OMP_NUM_THREADS" not in os.environ:        # a second gains little on so small a network
-            torch.set_num_threads(1)
     fill_defaults(args)
     candidates = list_candidates(args)
     classes = [name.strip() for name in args.classes.split(",")] if args.classes else None
     data = VOC(read_split(args.voc, args.train), classes)
     tests = VOC(read_split(args.voc, args.test), data.classes)
+    if all(hard.all() for hard in tests.difficult):
+        raise InputError(f"--test {args.test}: all objects are marked difficult: none is to find")
     both = len(set(data.paths) & set(tests.paths))
     if both:
         sdrnet.print0(f"warning: {both} of {len(tests)} test images are training images too")
@@ -826,10 +833,11 @@ def run(args):
     folder = os.path.join(args.out, "detection")
     place = functools.partial(os.path.join, folder)
     arguments = {key: value for key, value in vars(args).items() if key not in RUN_ONLY}
+    arguments["candidates"] = [name for name, _, _ in candidates]
     if sdrnet.rank() == 0:
         sdrnet.make_folder(folder)
-        for name in ("metrics.json", "early_stopping.json", "last.pt") if args.fresh else ():
-            if os.path.exists(place(name)):
+        for name in ("metrics.json", "early_stopping.json", "last.pt"):
+            if args.fresh and os.path.exists(place(name)):
                 os.remove(place(name))
     if sdrnet.world_size() > 1:
         dist.barrier()

@@ -31,11 +31,12 @@ Out:  <out>/images.txt     one name a line, sorted: line i is row i of every arr
 Measured on one core of an AMD EPYC with AVX2, torch 2.14: 20 epochs of SimSiam on toy images in
 4:40 minutes; 10 of SDR, two sub-nets of 64 images a step, in 8 minutes.
 
-Deviations from SimSiam's code: hue turns about the grey axis of RGB and not in HSV. Not known of
-SDR, so chosen here: sub-nets have heads of their own, copies of W_0's when they enter; the teacher
-is normalised by the cluster's own batch, as its student is; q, a copy of the predictor, keeps a
-constant learning rate as predictors do; B, m, lambda, the phases and what "progressive" means
-(--phases-literal is the other reading). BYOL is trained by SGD with SimSiam's values.
+Deviations from SimSiam's code: hue turns about the grey axis of RGB and not in HSV; the cosine
+falls every step, not every epoch; images that fit into memory are cropped without antialiasing.
+Not known of SDR, so chosen here: sub-nets have heads of their own, copies of W_0's when they enter;
+the teacher is normalised by the cluster's own batch, as its student is; q, a copy of the predictor,
+keeps a constant learning rate as predictors do; B, m, lambda, the phases and what "progressive"
+means (--phases-literal is the other reading). BYOL is trained by SGD with SimSiam's values.
 """
 import argparse
 import copy
@@ -64,7 +65,7 @@ from sdrnet import InputError
 # step, position in the global batch, view). All of its augmentation follows from that row.
 
 TRIES = 10                                             # shapes of a crop, of which not all may fit
-NUMBERS = 2 * TRIES + 2 + 1 + 9 + 1 + 2                # crop, flip, colour, grey, blur
+NUMBERS = 2 * TRIES + 2 + 1 + 9 + 1 + 2                # crop 2 TRIES + 2, flip, colour, grey, blur
 
 
 def uniform_numbers(seed, step, rows):
@@ -76,7 +77,8 @@ def uniform_numbers(seed, step, rows):
 def crop_boxes(u, height, width, area=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
     """RandomResizedCrop's boxes: u (n, 22) uniform -> top, left, height, width, int64 (n, 4).
 
-    The first of ten shapes that fits counts; if none does, the centre of the image."""
+    u holds ten areas, ten aspect ratios and a place. The first of ten shapes that fits counts; if
+    none does, the centre of the image."""
     target = height * width * (area[0] + (area[1] - area[0]) * u[:, :TRIES])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + (high - low) * u[:, TRIES:2 * TRIES])
@@ -96,7 +98,7 @@ def crop_boxes(u, height, width, area=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
 def crop_batch(images, boxes, size):
     """images uint8 (n, 3, H, W), boxes (n, 4) -> float32 (n, 3, size, size) in [0, 1], bilinear.
 
-    Nothing is averaged where a box is more than twice as large as `size`."""
+    Not antialiased: a box more than twice as large as `size` is sampled, not averaged."""
     height, width = images.shape[2:]
     top, left, h, w = boxes.to(images.device).float().unbind(1)
     theta = torch.zeros(len(images), 2, 3, device=images.device)   # output place -> input place
@@ -125,17 +127,14 @@ def colour_jitter(x, u):
     """ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8: x (n, 3, H, W) in [0, 1], changed in
     place; u (n, 9): jitter or not, four strengths, four that give the order by their ranks."""
     factor = 0.6 + 0.8 * u[:, 1:4]                                 # (n, 3)
-    angle = 2 * math.pi * 0.2 * (u[:, 4] - 0.5)                    # a tenth of a circle at most
+    angle = 2 * math.pi * 0.2 * (u[:, 4:5] - 0.5)                  # a tenth of a circle at most
+    strength = torch.cat([factor, angle], 1).to(x.device)          # (n, 4)
     order = u[:, 5:9].argsort(1)
     order[u[:, 0] >= 0.8] = -1
     for place in range(4):
-        for change in range(4):
+        for change in range(4):        # u stays on the CPU: counting rows need not wait for a GPU
             rows = (order[:, place] == change).nonzero()[:, 0].to(x.device)
-            if len(rows) == 0:
-                continue
-            part = x[rows]
-            strength = angle if change == 3 else factor[:, change]
-            f = strength.to(x.device)[rows].view(-1, 1, 1, 1)
+            part, f = x[rows], strength[rows, change].view(-1, 1, 1, 1)
             if change == 0:                                        # brightness
                 part = f * part
             elif change == 1:                                      # contrast, about the mean grey
@@ -229,20 +228,21 @@ class SDR(nn.Module):
 
     net: SDRNet; layers, width: of the projector (SimSiam: 3, 2048); distill: siamkd, l2 or none;
     kd_weight: lambda; shared_heads: sub-nets use W_0's projector and predictor; objective: simsiam,
-    or byol, whose targets come from a momentum copy (its loss 2 + 2 D differs by constants)."""
+    or byol, whose targets come from a momentum copy (its own loss is 4 + 4 L: the same minima)."""
 
     def __init__(self, net, layers=3, width=2048, distill="siamkd", kd_weight=1.0,
                  shared_heads=False, objective="simsiam"):
         super().__init__()
         self.net, self.distill, self.kd_weight = net, distill, kd_weight
-        self.shared_heads = shared_heads
-        widths, hidden, last_norm = [net.features] + [width] * layers, width // 4, True
+        widths, hidden = [net.features] + [width] * layers, width // 4
         if objective == "byol":
-            widths, hidden, last_norm = [net.features, width, 256], width, False
-        self.projector = Projector(*mlp(widths, last_norm))
+            widths, hidden = [net.features, width, 256], width
+        self.projector = Projector(*mlp(widths, last_norm=objective == "simsiam"))
         self.predictor = mlp([widths[-1], hidden, widths[-1]])                # h
-        self.sub_projector = copy.deepcopy(self.projector)
-        self.sub_predictor = copy.deepcopy(self.predictor)
+        self.sub_projector, self.sub_predictor = self.projector, self.predictor
+        if not shared_heads:
+            self.sub_projector = copy.deepcopy(self.projector)
+            self.sub_predictor = copy.deepcopy(self.predictor)
         self.distiller = copy.deepcopy(self.predictor)                        # q
         self.target = None
         if objective == "byol":
@@ -270,7 +270,7 @@ class SDR(nn.Module):
         if self.target is None:
             return z
         net, projector, sub_projector = self.target
-        head = projector if path is None or self.shared_heads else sub_projector
+        head = projector if path is None else sub_projector
         with torch.no_grad():
             return [head(net(v, path, track=False), columns) for v in views]
 
@@ -292,12 +292,9 @@ class SDR(nn.Module):
 
     def subnet_loss(self, path, x_i):
         """L_ssl(D_i; W_i), KD_i and the std of z_i, for two views (b, 3, S, S) of a cluster."""
-        projector, predictor = self.sub_projector, self.sub_predictor
-        if self.shared_heads:
-            projector, predictor = self.projector, self.predictor
         columns = self.net.channels(sdrnet.STAGES - 1, self.net.features, path)
-        z_i = [projector(self.net(v, path), columns) for v in x_i]            # (b, d) each
-        p_i = [predictor(z) for z in z_i]
+        z_i = [self.sub_projector(self.net(v, path), columns) for v in x_i]   # (b, d) each
+        p_i = [self.sub_predictor(z) for z in z_i]
         loss_i = symmetric_loss(p_i, self.targets(x_i, z_i, path, columns))   # L_ssl(D_i; W_i)
         if self.distill == "none":
             return loss_i, torch.zeros_like(loss_i), feature_std(z_i[0])
@@ -321,7 +318,7 @@ def phase_of(step, steps, phases):
 
 
 def uniform_batch(step, seed, count, batch):
-    """W_0's images, int64 (B,): the next of an endless row of epochs, each a permutation."""
+    """W_0's images, int64 (B,): the next of an endless sequence of epochs, each a permutation."""
     places = np.arange(step * batch, (step + 1) * batch)
     return np.array([sdrnet.permutation(seed, at // count, count)[at % count] for at in places])
 
@@ -398,36 +395,36 @@ def step_parts(step, args, count, clusters, groups, steps):
     if phase > 0:
         parts += cluster_batches(step, args.seed, clusters, groups, phase, args.subnets,
                                  args.sub_batch, args.phases_literal)
-    u = uniform_numbers(args.seed, step, sum(len(images) for _, images in parts))
-    mine, start = [], 0
-    for path, images in parts:
+    sizes = [len(images) for _, images in parts]
+    mine, u = [], uniform_numbers(args.seed, step, sum(sizes))
+    for (path, images), numbers in zip(parts, u.split(sizes)):
         rows = my_rows(len(images))
-        mine.append((path, images[rows], u[start + rows]))
-        start += len(images)
+        mine.append((path, images[rows], numbers[rows]))
     return mine
 
 
-def training_batches(parts_of, steps, pixels, crops, size, blur, device, workers):
-    """Yields (step, two views of W_0's images, [(path, two views of a cluster's), ...]).
-
-    parts_of(step): what `step_parts` returns; steps: a range; pixels: all images, uint8
-    (N, 3, H, W), or None: then `crops`, a data set of Crops, reads them, `workers` ahead."""
+def training_batches(args, names, clusters, groups, pixels, first, steps, device):
+    """Yields (step, two views of W_0's images, [(path, two views of a cluster's), ...]) from step
+    `first` on. pixels: as `decode_all` returns them; None: loader workers read and crop ahead."""
+    parts_of = functools.partial(step_parts, args=args, count=len(names), clusters=clusters,
+                                 groups=groups, steps=steps)
+    size = args.image_size
     if pixels is None:
         items = ([(i, row, size) for _, images, u in parts_of(step)
-                  for i, row in zip(images, u.numpy())] for step in steps)
-        loaded = sdrnet.load_batches(crops, items, workers)
-    for step in steps:
+                  for i, row in zip(images, u.numpy())] for step in range(first, steps))
+        loaded = sdrnet.load_batches(Crops(args.data, names, None), items, args.workers)
+    for step in range(first, steps):
         paths, images, u = zip(*parts_of(step))
-        numbers = torch.cat(u)
+        sizes, u = [len(part) for part in images], torch.cat(u)
         if pixels is None:
-            both = (torch.stack(next(loaded)).to(device).float() / 255).unbind(1)
+            crops = (torch.stack(next(loaded)).to(device).float() / 255).unbind(1)
         else:
             batch = pixels[np.concatenate(images)].to(device)
-            boxes = [crop_boxes(numbers[:, v], *batch.shape[2:]) for v in (0, 1)]
-            both = [crop_batch(batch, box, size) for box in boxes]
-        both = [make_views(x.contiguous(), numbers[:, v], blur) for v, x in enumerate(both)]
-        views = list(zip(*(x.split([len(part) for part in images]) for x in both)))
-        yield step, views[0], list(zip(paths[1:], views[1:]))
+            boxes = [crop_boxes(u[:, v], *batch.shape[2:]) for v in (0, 1)]
+            crops = [crop_batch(batch, box, size) for box in boxes]
+        views = [make_views(x.contiguous(), u[:, v], args.blur) for v, x in enumerate(crops)]
+        pairs = list(zip(*(x.split(sizes) for x in views)))            # two views of each part
+        yield step, pairs[0], list(zip(paths[1:], pairs[1:]))
 
 
 # ------------------------------------------------------------------------------------ training
@@ -435,12 +432,11 @@ def training_batches(parts_of, steps, pixels, crops, size, blur, device, workers
 def make_optimizer(model, weight_decay):
     """SGD with momentum 0.9 and weight decay on everything, as in SimSiam's code. The learning rate
     of the predictors stays constant; see set_lr."""
-    groups = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            head = name.split(".")[0]
-            groups[head in ("predictor", "sub_predictor", "distiller")].append(parameter)
-    groups = [{"params": params, "constant": constant} for constant, params in groups.items()]
+    predictors = nn.ModuleList([model.predictor, model.sub_predictor, model.distiller])
+    constant = {id(p) for p in predictors.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if id(p) not in constant], "constant": False},
+              {"params": [p for p in trained if id(p) in constant], "constant": True}]
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay)
 
 
@@ -476,23 +472,21 @@ def log_line(path, line):
 
 
 def train(model, args, names, clusters, groups, device, path, arguments):
-    """The loop: from the state at `path`, if there is one, to the last step. Returns the steps."""
+    """The loop: from the state at `path`, if there is one, to the last step."""
     steps = max(1, round(args.epochs * len(names) / args.batch_size))
     per_epoch = max(1, len(names) // args.batch_size)
     optimizer = make_optimizer(model, args.weight_decay)
     first = sdrnet.resume(path, arguments, model, optimizer)
     pixels = decode_all(args.data, names, args.image_size, args.workers)
-    parts_of = functools.partial(step_parts, args=args, count=len(names), clusters=clusters,
-                                 groups=groups, steps=steps)
-    batches = training_batches(parts_of, range(first, steps), pixels, Crops(args.data, names, None),
-                               args.image_size, args.blur, device, args.workers)
+    batches = training_batches(args, names, clusters, groups, pixels, first, steps, device)
     ddp = model
     if sdrnet.world_size() > 1:                        # phase 0 leaves the heads of sub-nets alone
-        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        ddp = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    enter = round(args.phases[0] / sum(args.phases) * steps)           # where phase 0 ends
     began = shown = saved = time.time()
     for step, x, subs in batches:
         phase = 0 if clusters is None else phase_of(step, steps, args.phases)
-        if phase > 0 and (step == 0 or phase_of(step - 1, steps, args.phases) == 0):
+        if subs and step == enter:
             model.enter_subnets()                      # a function of the step: resuming is exact
         rate = set_lr(optimizer, args.lr * args.batch_size / 256, step, steps)
         values = train_step(ddp, optimizer, x, subs, device, args.amp)
@@ -509,8 +503,9 @@ def train(model, args, names, clusters, groups, device, path, arguments):
             shown = now
             speed = (done - first) / (now - began)
             left = (steps - done) / speed / 60
-            log_line(path, {"step": done, "phase": phase, "epoch": done / per_epoch, "lr": rate,
-                            **values, "steps/s": speed, "minutes left": left})
+            epoch = done * args.batch_size / len(names)
+            log_line(path, {"step": done, "phase": phase, "epoch": epoch, "lr": rate, **values,
+                            "steps/s": speed, "minutes left": left})
             if min(values["std"], values.get("sub_std", 1.0)) < 0.1:
                 sdrnet.print0("warning: std is near 0: the features collapse; lower --lr")
         if args.monitor_task and done % max(1, steps // 10) == 0:
@@ -521,7 +516,6 @@ def train(model, args, names, clusters, groups, device, path, arguments):
         if stop:
             sdrnet.print0(f"stopped at step {done:,} and saved; the same command goes on")
             sys.exit(128 + max(sdrnet.CAUGHT, default=15))
-    return steps
 
 
 def monitor(net, args, step, device, path):
@@ -546,12 +540,11 @@ def finish(model, kind, args, names, clusters, groups, device, origin, final):
     images = sdrnet.Images(args.data, names, crop)
     lengths = range(1 if clusters is None else 1 + sdrnet.STAGES)
     prefixes = [p for n in lengths for p in itertools.product(range(groups), repeat=n)]
-    batches = [calibration_batches(p, len(names), clusters, groups, args.seed) for p in prefixes]
-    stream = sdrnet.load_batches(images, itertools.chain(*batches), args.workers)
-    count = {prefix: len(blocks) for prefix, blocks in zip(prefixes, batches)}
+    batches = {p: calibration_batches(p, len(names), clusters, groups, args.seed) for p in prefixes}
+    stream = sdrnet.load_batches(images, itertools.chain(*batches.values()), args.workers)
 
-    def images_of(prefix):
-        for samples in itertools.islice(stream, count[prefix]):
+    def images_of(prefix):             # in the order of `prefixes`: workers start once, read ahead
+        for samples in itertools.islice(stream, len(batches[prefix])):
             yield sdrnet.normalise(torch.stack(samples).to(device).float() / 255)
     sdrnet.recalibrate_bn(net, images_of, prefixes=clusters is not None)
     if clusters is None:
@@ -688,12 +681,12 @@ def fill_defaults(args, names, recipe):
     """Gives options that were not given the recipe's values, and checks what must fit together."""
     if recipe is None:
         some = names[::max(1, len(names) // 50)]       # their median decides, not one stray image
-        images = sdrnet.Images(args.data, some, transform=torch.clone)
-        batches = sdrnet.load_batches(images, ([i] for i in range(len(some))))
-        side = int(np.median([min(image.shape[1:]) for image, in batches]))
+        sides = sdrnet.Images(args.data, some, transform=lambda image: min(image.shape[1:]))
+        side = int(np.median(next(sdrnet.load_batches(sides, [range(len(some))]))))
         recipe = "small" if side <= 64 else "large"
-        RECIPES["small"]["image_size"] = max(8, side)
     values = dict(RECIPES[recipe])
+    if recipe == "small":
+        values["image_size"] = max(8, side)
     if args.clusters:                                  # SDR goes on from SimSiam
         values["epochs"] /= 2
     for key, value in values.items():
@@ -702,8 +695,9 @@ def fill_defaults(args, names, recipe):
     args.sub_batch = args.sub_batch or args.batch_size
     world = sdrnet.world_size()
     for option, value in (("--batch-size", args.batch_size), ("--sub-batch", args.sub_batch)):
-        if value % world:
-            raise InputError(f"{option} {value} does not divide among {world} processes")
+        if value % world or value == world:
+            raise InputError(f"{option} {value} does not divide among {world} processes, with two "
+                             "images or more for each")
     if len(names) < 2:
         raise InputError(f"{args.data}: one image alone teaches nothing")
     text = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()))
@@ -747,13 +741,11 @@ def load_clusters(path, names):
 
 def compare_listings(path, names):
     """Raises InputError that names the first line in which a listing differs from `names`."""
-    old = sdrnet.load_names(path)
-    if old == names:
-        return
-    pairs = itertools.zip_longest(old, names, fillvalue="nothing")
-    line, (was, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-    raise InputError(f"{path} has {was} in line {line + 1}, the images given {now}: name the "
-                     "folder that it was made of, another --out, or --fresh")
+    pairs = itertools.zip_longest(sdrnet.load_names(path), names, fillvalue="nothing")
+    for line, (was, now) in enumerate(pairs, start=1):
+        if was != now:
+            raise InputError(f"{path} has {was} in line {line}, the images given {now}: name the "
+                             "folder that it was made of, another --out, or --fresh")
 
 
 def load_init(model, path):
@@ -761,70 +753,16 @@ def load_init(model, path):
     message = sdrnet.load_weights(model.net.resnet, path)
     content = sdrnet.read_torch_file(path)
     heads = content.get("heads", {}) if "kind" in content else {}
-    for name in ("projector", "predictor") if heads else ():
+    if heads:
         try:
-            getattr(model, name).load_state_dict(heads[name])
+            model.projector.load_state_dict(heads["projector"])
+            model.predictor.load_state_dict(heads["predictor"])
         except (KeyError, RuntimeError) as error:
-            raise InputError(f"{path}: its {name} does not fit --head and --objective "
+            raise InputError(f"{path}: its heads do not fit --head and --objective "
                              f"({sdrnet.first_line(error)})") from None
-    model.enter_subnets()
     if model.target is not None:
         model.update_target(tau=0.0)
     sdrnet.print0(message + (", and W_0's heads" if heads else "; heads start at random"))
-
-
-def run(args):
-    """The command, from the options on."""
-    recipe, parser = None, build_parser()
-    for name in SDR_ONLY if args.clusters is None else ():
-        if getattr(args, name) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')} means nothing without --clusters")
-    device = sdrnet.setup(args.device, args.seed)
-    if args.data is None:
-        recipe, args.data = "toy", os.path.join(sdrnet.toy_folder(), "images")
-        if "OMP_NUM_THREADS" not in os.environ:        # a second gains little on so small a network
-            torch.set_num_threads(1)
-    names = sdrnet.list_images(args.data, leave_out=args.out)
-    if args.subset:
-        chosen = np.unique(load_indices(args.subset, "--subset"))
-        if chosen[-1] >= len(names):
-            raise InputError(f"--subset {args.subset}: index {chosen[-1]}, and {args.data} holds "
-                             f"{len(names):,} images")
-        names = [names[i] for i in chosen]
-    clusters, groups, kind = None, 1, args.objective
-    if args.clusters:
-        kind = "sdrnet"
-        clusters, groups = load_clusters(args.clusters, names)
-        args.init = args.init or os.path.join(args.out, f"{args.objective}.pt")
-    fill_defaults(args, names, recipe)
-    if args.clusters and args.width * (1 - args.shared) / groups < 1:
-        raise InputError(f"{args.clusters} needs {groups} groups a stage, and --width {args.width} "
-                         f"with --shared {args.shared:g} has no channel for each")
-    if args.monitor_task:
-        import route
-        args.monitor_task = route.open_task(args.monitor_task, args.image_size)
-    left_out = RUN_ONLY if args.clusters else RUN_ONLY + SDR_ONLY
-    arguments = {k: v for k, v in vars(args).items() if k not in left_out}
-    arguments["images"] = fingerprint("\n".join(names).encode("utf-8", "surrogateescape"))
-    if clusters is not None:
-        arguments["clusters"] = fingerprint(clusters.tobytes())
-    final, last = (os.path.join(args.out, f"{kind}{ending}.pt") for ending in ("", ".last"))
-    if not start_folder(args, names, arguments, final, last):
-        return
-    net = sdrnet.SDRNet(args.arch, args.width, groups, args.shared, args.small_stem)
-    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight, args.shared_heads,
-                args.objective)
-    if args.init not in (None, "none"):
-        load_init(model, args.init)
-    model.to(device)
-    if args.amp == "auto" and sdrnet.has_bf16(device.type):
-        model.to(memory_format=torch.channels_last)    # quicker in bf16, slower in fp32
-    steps = train(model, args, names, clusters, groups, device, last, arguments)
-    origin = {"command": " ".join(sys.argv), "arguments": arguments, "images": len(names),
-              "steps": steps, "torch": str(torch.__version__)}
-    finish(model, kind, args, names, clusters, groups, device, origin, final)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def start_folder(args, names, arguments, final, last):
@@ -850,11 +788,63 @@ def start_folder(args, names, arguments, final, last):
     return True
 
 
+def run(args):
+    """The command, from the options on."""
+    recipe, device = None, sdrnet.setup(args.device, args.seed)
+    if args.data is None:
+        recipe, args.data = "toy", os.path.join(sdrnet.toy_folder(), "images")
+    names = sdrnet.list_images(args.data, leave_out=args.out)
+    if args.subset:
+        chosen = np.unique(load_indices(args.subset, "--subset"))
+        if chosen[-1] >= len(names):
+            raise InputError(f"--subset {args.subset}: index {chosen[-1]}, and {args.data} holds "
+                             f"{len(names):,} images")
+        names = [names[i] for i in chosen]
+    clusters, groups, kind = None, 1, args.objective
+    if args.clusters:
+        kind = "sdrnet"
+        clusters, groups = load_clusters(args.clusters, names)
+        args.init = args.init or os.path.join(args.out, f"{args.objective}.pt")
+    fill_defaults(args, names, recipe)
+    if args.clusters and sdrnet.split(args.width, groups, args.shared)[1] == 0:
+        raise InputError(f"{args.clusters} needs {groups} groups a stage, and --width {args.width} "
+                         f"with --shared {args.shared:g} has no channel for each")
+    if args.monitor_task:
+        import route
+        args.monitor_task = route.open_task(args.monitor_task, args.image_size)
+    left_out = RUN_ONLY if args.clusters else RUN_ONLY + SDR_ONLY
+    arguments = {k: v for k, v in vars(args).items() if k not in left_out}
+    arguments["images"] = fingerprint("\n".join(names).encode("utf-8", "surrogateescape"))
+    if clusters is not None:
+        arguments["clusters"] = fingerprint(clusters.tobytes())
+    final = os.path.join(args.out, f"{kind}.pt")
+    last = os.path.join(args.out, f"{kind}.last.pt")
+    if not start_folder(args, names, arguments, final, last):
+        return
+    net = sdrnet.SDRNet(args.arch, args.width, groups, args.shared, args.small_stem)
+    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight, args.shared_heads,
+                args.objective)
+    if args.init not in (None, "none"):
+        load_init(model, args.init)
+    model.to(device)
+    if args.amp == "auto" and sdrnet.has_bf16(device.type):
+        model.to(memory_format=torch.channels_last)    # quicker in bf16, slower in fp32
+    train(model, args, names, clusters, groups, device, last, arguments)
+    origin = {"command": " ".join(sys.argv), "arguments": arguments, "images": len(names),
+              "torch": str(torch.__version__)}
+    finish(model, kind, args, names, clusters, groups, device, origin, final)
+
+
 def main():
     parser = build_parser()
     args = parser.parse_args()
+    changed = [name for name in SDR_ONLY if getattr(args, name) != parser.get_default(name)]
+    if changed and args.clusters is None:
+        parser.error(f"--{changed[0].replace('_', '-')} means nothing without --clusters")
     try:
         run(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except InputError as error:
         parser.error(" ".join(str(error).split()))
 

@@ -209,13 +209,16 @@ def autocast(device, amp="auto"):
 
 
 def toy_folder():
-    """runs/toy, whose images process 0 has tests/toy.py draw where they are missing.
+    """runs/toy, whose images process 0 has tests/toy.py draw where they are missing. From here on
+    one thread, unless OMP_NUM_THREADS is set: a second gains little on so small a network.
 
     Raises InputError where tests/toy.py is not beside this file, or fails."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy.py")
     if rank() == 0 and not os.path.isdir("runs/toy/images"):
         if not os.path.exists(script):
-            raise InputError(f"no --data was given, and no {script} is there to draw toy images")
+            raise InputError(f"no images were given, and no {script} is there to draw toy images")
         print0("drawing toy images into runs/toy")
         if subprocess.run([sys.executable, script, "--out", "runs/toy"]).returncode:
             raise InputError(f"{script} could not draw toy images into runs/toy")
@@ -484,7 +487,7 @@ class SDRNet(nn.Module):
             yield from self.tree(self.stage(len(prefix), x, path), path)
 
     @torch.no_grad()
-    def extract(self, path=None):
+    def extract(self, path=None, norm_layer=nn.BatchNorm2d):
         """The sub-net of a path (None: W_0) as torchvision's ResNet in eval mode, equal outputs.
 
         resnet(**config) builds it again, config being its attribute. Where a ResNet-18's first
@@ -494,7 +497,7 @@ class SDRNet(nn.Module):
             widths = [sum(split(width, self.groups, self.shared)) for width in widths]
         config = dict(arch=self.config["arch"], widths=widths, stem=self.config["width"],
                       small_stem=self.config["small_stem"])
-        plain = resnet(**config).to(self.resnet.conv1.weight.device)
+        plain = resnet(**config, norm_layer=norm_layer).to(self.resnet.conv1.weight.device)
         plain.config = config
         copy_layer((plain.conv1, plain.bn1), self.resnet.conv1, self.resnet.bn1)
         for s in range(STAGES):

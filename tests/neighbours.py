@@ -3,9 +3,8 @@
     python tests/neighbours.py sept --out runs/toy --task runs/toy/tasks/weaves --budget 1000
     python pretrain.py --subset runs/toy/weaves/subset.npy --out runs/toy_weaves
     python tests/neighbours.py moco --out runs/moco              # toy images; or --data photos/
-    python route.py --out runs/moco --network runs/moco/moco.pt
+    python route.py --out runs/moco --network runs/moco/moco.pt  # or runs/data/weaves/subnet.pt
     python tests/neighbours.py data --out runs/data --task runs/toy/tasks/weaves
-    python route.py --out runs/data --network runs/data/weaves/subnet.pt
 
 sept (AAAI 2023)  A task's own pre-training set: its images retrieve their most similar ones from
     the pool, under a budget; pretrain.py then trains on these.
@@ -25,22 +24,20 @@ Out:  sept: <out>/<task>/subset.npy  int64 (budget,), sorted rows of features.np
       data: <out>/<task>/subnet.pt, the size found; search.json, all that were scored. The same
             command with another --task searches only
 
-subnet.pt is a ResNet of all blocks, as load_network knows no other. Those that its size leaves out
-end in a BatchNorm of zeros and pass their input on: outputs are the size's. Its FLOPs are had by
-`net.layer3 = net.layer3[:depths[2]]` and so on, with the file's "depths"; detect_voc.py would train
-all blocks. Measured on one core of an AMD EPYC, torch 2.14: MEASURED
+subnet.pt has all blocks, as load_network builds no others. Those that its size leaves out end in a
+BatchNorm of zeros and pass their input on, so outputs are the size's; `net.layer3[:depths[2]]` and
+so on drop them, "depths" being in the file; detect_voc.py would train them. Measured on one core of
+an AMD EPYC: an epoch of toy images takes moco 11 s and data 33 s, a search of 40 sizes 10 s.
 
-Deviations. SEPT: its extractor saw the whole pool, not a subset. DATA: SimSiam's loss by default,
-MoCo's by --loss; one stem for all sizes, half to all of a stage's channels, one to all of its
-blocks; statistics are those of the size exported, on the task's images; no search for dense tasks.
-MoCo: BatchNorm over the whole batch, nothing is shuffled between processes; no bias in the
-projector's first layer; by default a short queue. Not known, so chosen here: SEPT's similarity
-(cosine), how lists merge (in rounds), near-duplicates (they stay); DATA's weights of the losses.
+Deviations. SEPT: its extractor saw the whole pool, not a subset. DATA: SimSiam's loss by default;
+one stem for all sizes, half to all of a stage's channels, one to all of its blocks; statistics only
+of the size exported, on the task's images; no search for dense tasks. MoCo: BatchNorm over the
+batch, unshuffled; no bias in the projector's first layer; a short queue. Chosen, as not known:
+cosine similarity and lists merged in rounds (SEPT), the mean of the three losses (DATA).
 """
 import argparse
 import copy
 import functools
-import itertools
 import math
 import os
 import sys
@@ -89,16 +86,16 @@ def retrieve(pool, targets, budget, chunk=8192):
     return claims
 
 
-def draw_claims(claims, targets, pool, path, rows=12, columns=11, tile=64):
+def draw_claims(claims, targets, pool, path, rows=12, most=11, tile=64):
     """A picture: rows of a target and, apart, the images that it claimed, the most similar first.
-
     claims: as `retrieve` returns them; targets, pool: data sets of uint8 (3, S, S)."""
+    columns = min(most, math.ceil(len(claims) / len(targets)))
     shown = np.unique(np.linspace(0, min(len(targets), len(claims)) - 1, rows).astype(int))
     sheet = Image.new("RGB", ((columns + 1) * (tile + 3) + 12, len(shown) * (tile + 3)), "white")
     for y, target in enumerate(shown.tolist()):
         claimed = claims[target::len(targets)][:columns].tolist()
-        images = [targets[target], *next(sdrnet.load_batches(pool, [claimed]))]
-        for x, image in enumerate(images):
+        claimed = next(sdrnet.load_batches(pool, [claimed]))
+        for x, image in enumerate([targets[target], *claimed]):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile))
             sheet.paste(picture, (x * (tile + 3) + min(x, 1) * 12, y * (tile + 3)))
     sdrnet.save_file(path, functools.partial(sheet.save, format="PNG"))
@@ -116,21 +113,18 @@ def run_sept(args):
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{args.out}: {sdrnet.first_line(error)}: run pretrain.py first") from None
     if features.shape != (len(names), net.features):
-        raise InputError(f"{place('features.npy')} is of shape {features.shape}, and not of "
-                         f"{(len(names), net.features)}: run pretrain.py anew")
+        raise InputError(f"{args.out}: features.npy is of another run, of shape {features.shape}")
     if args.budget > len(names):
         raise InputError(f"--budget {args.budget}: the pool has {len(names):,} images only")
     task = route.open_task(args.task, size)
-    folder = place(task.name)
     targets = sdrnet.embed(net, task.train, device, workers=args.workers)
     claims = retrieve(features, targets, args.budget)
-    sdrnet.make_folder(folder)
-    save = functools.partial(np.save, arr=np.sort(claims))
-    sdrnet.save_file(os.path.join(folder, "subset.npy"), save)
+    sdrnet.make_folder(place(task.name))
+    subset = place(task.name, "subset.npy")
+    sdrnet.save_file(subset, functools.partial(np.save, arr=np.sort(claims)))
     pool = sdrnet.Images(args.data, names, functools.partial(sdrnet.center_crop, size=size))
-    draw_claims(claims, task.train, pool, os.path.join(folder, "sept.png"))
-    print(f"{task.name}: {len(targets):,} images claim {len(claims):,} of {len(names):,}; wrote "
-          f"{folder}/subset.npy")
+    draw_claims(claims, task.train, pool, place(task.name, "sept.png"))
+    print(f"wrote {subset}: {len(claims):,} of {len(names):,}, claimed by {len(targets):,} images")
 
 
 # ------------------------------------------------------------------------------------ losses
@@ -153,15 +147,13 @@ def embedding(model, x, size=None, track=True):
 
 
 def mean_loss(losses, z):
-    """The mean loss of the largest network and, in DATA, the smallest and a random one; {name:
-    value} to log. z: the largest network's embeddings (B, d)."""
-    log = {name: loss.detach() for name, loss in zip(("loss", "smallest", "random"), losses)}
+    """The mean of the losses, and what to log. z: the largest network's embeddings (B, d)."""
+    log = dict(zip(("loss", "smallest", "random"), torch.stack(losses).detach()))
     return torch.stack(losses).mean(), {**log, "std": pretrain.feature_std(z)}
 
 
 class MoCo(pretrain.SDR):
-    """MoCo v2's loss. width: of the projector; keys: K, the queue's length; temperature: T. The
-    momentum copy, `targets` and `update_target` are BYOL's as they are."""
+    """MoCo v2. keys: K, the queue's length. The momentum copy is BYOL's as SDR has it."""
 
     def __init__(self, net, width=2048, keys=65536, temperature=0.2, dim=128):
         super().__init__(net, width=width)
@@ -175,9 +167,8 @@ class MoCo(pretrain.SDR):
         self.register_buffer("queue", F.normalize(torch.randn(keys, dim), dim=1))
 
     def forward(self, x, sizes=()):
-        """x: two views (B, 3, S, S), of queries and of keys; sizes: what trains beside the largest
-        network. Returns the mean loss and what to log. The keys are the largest network's momentum
-        copy's; after the loss they enter the queue, and the oldest leave it."""
+        """x: two views (B, 3, S, S), of queries and of keys; sizes: whose queries train beside the
+        largest network's. The keys, its momentum copy's, then enter the queue; the oldest leave."""
         k = self.targets(x[1:], None)[0]                           # (B, d)
         q = [embedding(self, x[0], size) for size in (None, *sizes)]
         losses = [info_nce(q_i, k, self.queue, self.temperature) for q_i in q]
@@ -187,11 +178,10 @@ class MoCo(pretrain.SDR):
 
 
 class SimSiam(pretrain.SDR):
-    """SimSiam's loss of a SizeNet."""
+    """SimSiam's loss of several sizes of a SizeNet."""
 
     def forward(self, x, sizes=()):
-        """x: two views (B, 3, S, S); sizes: what trains beside the largest network, whose z all
-        predict. Returns the mean loss and what to log."""
+        """x: two views (B, 3, S, S); sizes: what trains beside the largest, whose z all predict."""
         z = [[embedding(self, v, size) for v in x] for size in (None, *sizes)]
         p = [[self.predictor(v) for v in z_i] for z_i in z]        # (B, d) each
         return mean_loss([pretrain.symmetric_loss(p_i, z[0]) for p_i in p], z[0][0])
@@ -221,10 +211,10 @@ class SizeNet(sdrnet.SDRNet):
     def layers(self, s, size):
         """Stage s at a size: its first blocks, each as SDRNet yields it."""
         depth = None if size is None else size.depths[s]
-        return itertools.islice(super().layers(s, size), depth)
+        return list(super().layers(s, size))[:depth]
 
     def largest(self):
-        """The Size of the whole network."""
+        """The whole network's Size."""
         return Size(tuple(self.widths), sdrnet.ARCHS[self.config["arch"]][1])
 
     def smallest(self):
@@ -237,59 +227,38 @@ class SizeNet(sdrnet.SDRNet):
         return Size(tuple(width * int(rng.integers(4, 9)) // 8 for width in widths),
                     tuple(int(rng.integers(depth)) + 1 for depth in depths))
 
-    def plain(self, size):
-        """torchvision's ResNet of a size, at random; its attribute config is that of all blocks."""
+    @torch.no_grad()
+    def extract(self, size):
+        """A size as torchvision's ResNet in eval mode, equal to self(x, size): the first corner of
+        each tensor. Its attribute config is that of all blocks."""
         config = dict(arch=self.config["arch"], widths=list(size.widths),
                       stem=self.config["width"], small_stem=self.config["small_stem"])
-        net = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
+        net, ours = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm), self.resnet.state_dict()
         net.config = config
         for s, depth in enumerate(size.depths, start=1):
             setattr(net, f"layer{s}", getattr(net, f"layer{s}")[:depth])
-        return net
-
-    @torch.no_grad()
-    def extract(self, size):
-        """A size as torchvision's ResNet in eval mode, outputs equal to self(x, size): the first
-        corner of each tensor. Where a ResNet-18's first block takes a part of the stem's channels
-        it has a 1x1 convolution of zeros and ones."""
-        net, ours = self.plain(size).to(self.resnet.conv1.weight.device), self.resnet.state_dict()
         for name, tensor in net.state_dict().items():
             if name in ours:
                 tensor.copy_(ours[name][tuple(slice(length) for length in tensor.shape)])
-        if "layer1.0.downsample.0.weight" not in ours and net.layer1[0].downsample is not None:
-            sdrnet.select_channels(*net.layer1[0].downsample, torch.arange(size.widths[0]))
-        return net.eval()
+        shortcut = net.layer1[0].downsample
+        if shortcut is not None and self.resnet.layer1[0].downsample is None:
+            shortcut[1] = nn.BatchNorm2d(size.widths[0])           # passes on, measures nothing
+            sdrnet.select_channels(*shortcut, torch.arange(size.widths[0]))
+        return net.to(self.resnet.conv1.weight.device).eval()
 
     @torch.no_grad()
     def flops(self, size, side):
-        """FLOPs of a size on an image of side x side by torch's counter, two for a multiply-add
-        (papers often count one), on a device that computes nothing."""
-        with torch.device("meta"):
-            net, x = self.plain(size).eval(), torch.empty(1, 3, side, side)
+        """FLOPs of a size on an image of side x side; torch counts two for a multiply-add."""
+        net, x = self.extract(size), self.resnet.conv1.weight.new_zeros(1, 3, side, side)
         with FlopCounterMode(display=False) as counter:
             net(x)
         return counter.get_total_flops()
 
 
-def sizes_within(net, low, high, samples, side, rng):
-    """{Size: FLOPs}: up to `samples` random ones of `low` to `high` times the largest's FLOPs."""
-    most, found, tries = net.flops(net.largest(), side), {}, 20 * samples
-    while tries > 0 and len(found) < samples:
-        size, tries = net.draw(rng), tries - 1
-        flops = net.flops(size, side)
-        if low * most <= flops <= high * most:
-            found[size] = flops
-    if not found:
-        raise InputError(f"--window {low:g} {high:g}: no size of {20 * samples} is in it: widen it")
-    return found
-
-
 @torch.no_grad()
 def score_sizes(model, sizes, batches):
-    """{Size: mean cosine of its embeddings with the largest network's}, without labels.
-
-    batches: images (B, 3, S, S) of a task, each normalised by itself, as in training."""
-    model.train()
+    """{Size: mean cosine of its embeddings of images, [(B, 3, S, S), ...], and the largest's}."""
+    model.train()                                      # each batch is normalised by itself
     z_0, scores = [embedding(model, x, track=False) for x in batches], {}
     for size in sizes:
         cosines = [F.cosine_similarity(embedding(model, x, size), z) for x, z in zip(batches, z_0)]
@@ -297,50 +266,55 @@ def score_sizes(model, sizes, batches):
     return scores
 
 
-def search_task(model, name, args, device, images=512):
+def search_task(model, name, args, device, most=512):
     """Scores sizes on a task's images; prints those that no cheaper one equals; saves the best."""
     task, rng = route.open_task(name, args.image_size), np.random.default_rng([args.seed, 11])
-    chosen = rng.permutation(len(task.train))[:images]
+    chosen = rng.permutation(len(task.train))[:most]
     blocks = np.array_split(chosen, math.ceil(len(chosen) / 256))
     batches = [sdrnet.normalise(torch.stack(samples).to(device).float() / 255)
                for samples in sdrnet.load_batches(task.train, blocks, args.workers)]
-    flops = sizes_within(model.net, *args.window, args.samples, args.image_size, rng)
+    net, flops = model.net, {}
+    low, high = np.array(args.window) * net.flops(net.largest(), args.image_size)
+    for size in (net.draw(rng) for _ in range(20 * args.samples)):
+        count = net.flops(size, args.image_size)
+        if low <= count <= high:
+            flops[size] = count
+        if len(flops) == args.samples:
+            break
+    if not flops:
+        raise InputError("--window: no size that was drawn lies in it: widen it")
     scores = score_sizes(model, flops, batches)
-    print(f"{task.name}: {len(flops)} sizes, {len(chosen):,} images; the front of MFLOPs, cosine:")
+    print(f"{task.name}: {len(flops)} sizes; MFLOPs, cosine and size of the front, the best last")
     best = None
     for size in sorted(flops, key=flops.get):
         if best is None or scores[size] > scores[best]:
             best = size
             print(f"  {flops[size] / 1e6:8.2f}  {scores[size]:.4f}  {size.widths} {size.depths}")
-    plain = model.net.extract(best)
+    plain = net.extract(best)
     sdrnet.average_statistics(plain, (plain(x) for x in batches))
     complete = sdrnet.resnet(**plain.config)           # blocks left out: their last BatchNorm is 0
     complete.load_state_dict(plain.state_dict(), strict=False)
-    folder, origin = os.path.join(args.out, task.name), {"command": " ".join(sys.argv)}
+    folder = os.path.join(args.out, task.name)
     sdrnet.make_folder(folder)
     sdrnet.save_checkpoint(os.path.join(folder, "subnet.pt"), {
-        "kind": "subnet", "config": plain.config, "depths": list(best.depths),
-        "image_size": args.image_size, "backbone": complete.state_dict(), "origin": origin})
+        "kind": "subnet", "config": plain.config, "depths": list(best.depths), "path": None,
+        "image_size": args.image_size, "backbone": complete.state_dict(),
+        "origin": {"command": " ".join(sys.argv)}})
     rows = [{**size._asdict(), "flops": flops[size], "score": scores[size]} for size in scores]
-    route.save_json(os.path.join(folder, "search.json"), {"sizes": rows, "origin": origin})
-    print(f"wrote {folder}/subnet.pt")
+    sdrnet.save_json(os.path.join(folder, "search.json"), {"sizes": rows})
 
 
 # ------------------------------------------------------------------------------------ training
 
 def train(model, args, names, device):
-    """pretrain.py's SGD on MoCo or SimSiam, a line an epoch. Returns the number of steps."""
+    """pretrain.py's SGD on MoCo or SimSiam, a line an epoch."""
     steps = max(1, round(args.epochs * len(names) / args.batch_size))
     per_epoch = max(1, len(names) // args.batch_size)
     optimizer = pretrain.make_optimizer(model, args.weight_decay)
     pixels = pretrain.decode_all(args.data, names, args.image_size, args.workers)
-    parts_of = functools.partial(pretrain.step_parts, args=args, count=len(names), clusters=None,
-                                 groups=1, steps=steps)
-    crops = pretrain.Crops(args.data, names, None)
-    batches = pretrain.training_batches(parts_of, range(steps), pixels, crops, args.image_size,
-                                        args.blur, device, args.workers)
+    batches = pretrain.training_batches(args, names, None, 1, pixels, 0, steps, device)
     for step, x, _ in batches:
-        sizes = []                                     # what trains beside the largest network
+        sizes = []
         if args.method == "data":                      # the sandwich rule
             rng = np.random.default_rng([args.seed, 10, step])
             sizes = [model.net.smallest(), model.net.draw(rng)]
@@ -353,12 +327,11 @@ def train(model, args, names, device):
         if (step + 1) % per_epoch == 0 or step + 1 == steps:
             words = (f"{name} {value:.3f}" for name, value in values.items())
             print(f"step {step + 1} of {steps}", *words, sep="  ", flush=True)
-    return steps
 
 
 def set_up(args):
     """The device; --data becomes toy images where none is given. Raises InputError."""
-    device = sdrnet.setup(seed=args.seed)
+    device = sdrnet.setup(seed=vars(args).get("seed", 0))
     sdrnet.catch_signals(False)                        # there is no state to save
     if sdrnet.world_size() > 1:
         raise InputError("this runs on one process: start it by python, not by torchrun")
@@ -374,49 +347,27 @@ def run_training(args):
     pretrain.fill_defaults(args, names, recipe)
     arguments = {key: getattr(args, key)
                  for key in ("loss", "queue", "init", "seed", *pretrain.RECIPES["toy"])}
-    make_net = SizeNet if args.method == "data" else sdrnet.SDRNet
-    net = make_net(args.arch, args.width, groups=1, small_stem=args.small_stem)
-    model = SimSiam(net, args.layers, args.head)
-    if args.loss == "moco":
-        model = MoCo(net, args.head, args.queue)
-    final, last = (os.path.join(args.out, f"{args.method}{end}.pt") for end in ("", ".last"))
-    if pretrain.start_folder(args, names, arguments, final, last):
-        if args.init and args.loss == "moco":          # heads of other losses would not fit
+    net = SizeNet(args.arch, args.width, groups=1, small_stem=args.small_stem)
+    moco = args.loss == "moco"
+    model = MoCo(net, args.head, args.queue) if moco else SimSiam(net, args.layers, args.head)
+    final = os.path.join(args.out, f"{args.method}.pt")
+    if pretrain.start_folder(args, names, arguments, final, f"{final}.tmp"):
+        if args.init and moco:                         # another loss's heads would not fit
             print(sdrnet.load_weights(net.resnet, args.init))
             model.update_target(0.0)
         elif args.init:
             pretrain.load_init(model, args.init)
-        steps = train(model.to(device), args, names, device)
-        origin = {"command": " ".join(sys.argv), "arguments": arguments, "images": len(names),
-                  "steps": steps, "torch": str(torch.__version__)}
+        train(model.to(device), args, names, device)
+        origin = {"command": " ".join(sys.argv), "arguments": arguments}
         pretrain.finish(model, "simsiam", args, names, None, 1, device, origin, final)
+    content = sdrnet.load_checkpoint(final, "simsiam")
+    net.resnet.load_state_dict(content["backbone"])
+    model.projector.load_state_dict(content["heads"]["projector"])
     for name in args.task:
-        content = sdrnet.load_checkpoint(final, "simsiam")
-        net.resnet.load_state_dict(content["backbone"])
-        model.projector.load_state_dict(content["heads"]["projector"])
         search_task(model.to(device), name, args, device)
 
 
 # ------------------------------------------------------------------------------------ command
-
-def add_training_options(parser):
-    """What moco and data share. Where no default is given, the recipe holds it."""
-    number = sdrnet.number
-    parser.add_argument("--init", help="start from these weights: ours, or any ResNet's")
-    parser.add_argument("--recipe", choices=("toy", "large"), help="pretrain.py's, for what is not "
-                        "given; default: toy for toy images, for others as pretrain.py chooses")
-    parser.add_argument("--width", type=number(int, 2), help="channels of the stem")
-    parser.add_argument("--epochs", type=number(float, 1e-6), help="MoCo v2: 200")
-    parser.add_argument("--batch-size", type=number(int, 2), help="B; MoCo v2: 256")
-    parser.add_argument("--lr", type=number(float, 1e-12), help="times B / 256; MoCo v2: 0.03")
-    parser.add_argument("--queue", type=number(int, 1), default=1024,
-                        help="K, MoCo's keys: 1024; paper: 65536")
-    parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
-                        help="of everything drawn: 0")
-    parser.add_argument("--fresh", action="store_true", help="start anew, over an earlier run")
-    # What pretrain.py's functions read of a run beside these:
-    parser.set_defaults(clusters=None, sub_batch=None, amp="auto", loss="moco", task=[])
-
 
 def build_parser():
     """The parser and {method: its own}, for their errors."""
@@ -429,14 +380,25 @@ def build_parser():
     for method, out in ((sept, "runs/toy"), (moco, "runs/moco"), (data, "runs/data")):
         method.add_argument("--data", help="folder of images, at any depth; default: toy images")
         method.add_argument("--out", default=out, help=f"folder of this run's files: {out}")
-        method.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
-                            help="processes that read images; 0: this one does")
+        method.add_argument("--workers", type=number(int, 0), default=2,
+                            help="processes that read images: 2; 0: this one does")
     sept.add_argument("--task", required=True, help="a folder with train/ and test/")
     sept.add_argument("--budget", type=number(int, 1), default=1000,
                       help="K, images to retrieve: 1000; paper: not given")
-    sept.set_defaults(seed=0)
-    add_training_options(moco)
-    add_training_options(data)
+    for method in (moco, data):                        # what has no default: the recipe's
+        method.add_argument("--init", help="start from these weights: ours, or any ResNet's")
+        method.add_argument("--recipe", choices=sorted(pretrain.RECIPES), help="of pretrain.py; "
+                            "default: toy for toy images, for others by their size")
+        method.add_argument("--width", type=number(int, 2), help="channels of the stem")
+        method.add_argument("--epochs", type=number(float, 1e-6), help="MoCo v2: 200")
+        method.add_argument("--batch-size", type=number(int, 2), help="B; MoCo v2: 256")
+        method.add_argument("--lr", type=number(float, 1e-12), help="times B / 256; MoCo v2: 0.03")
+        method.add_argument("--queue", type=number(int, 1), default=1024,
+                            help="K, keys that MoCo keeps: 1024; MoCo v2: 65536")
+        method.add_argument("--seed", type=number(int, 0), default=0, help="of what is drawn: 0")
+        method.add_argument("--fresh", action="store_true", help="start anew, over an earlier run")
+        # What pretrain.py's functions read of a run beside these:
+        method.set_defaults(clusters=None, sub_batch=None, amp="auto", loss="moco", task=[])
     data.add_argument("--loss", choices=("simsiam", "moco"), default="simsiam", help="paper: moco")
     data.add_argument("--task", action="append", default=[], help="search for it; any number")
     data.add_argument("--window", type=number(float, 0, 1), nargs=2, default=[0.3, 0.6],
@@ -449,8 +411,7 @@ def main():
     parser, methods = build_parser()
     args = parser.parse_args()
     try:
-        run = run_sept if args.method == "sept" else run_training
-        run(args)
+        {"sept": run_sept, "moco": run_training, "data": run_training}[args.method](args)
     except InputError as error:
         methods[args.method].error(" ".join(str(error).split()))
 

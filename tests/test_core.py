@@ -199,7 +199,7 @@ def test_the_loss_of_a_step_is_the_sum_of_the_paper(distill):
             wanted += 0.7 * (plain_cosine(q[0], z_0[1]) + plain_cosine(q[1], z_0[0])) / 4
         elif distill == "l2":
             wanted += 0.7 * sum(2 + 2 * plain_cosine(a, b) for a, b in zip(z_i, z_0)) / 4
-    assert float(loss) == pytest.approx(float(wanted), abs=1e-8)
+    assert loss.item() == pytest.approx(float(wanted), abs=1e-8)
 
 
 def explained_by_mean(z):
