@@ -44,26 +44,26 @@ class InputError(Exception):
 
 # ------------------------------------------------------------------------------------ method
 
-def sinkhorn(S, eps, v, tolerance=0.01, most=1000, rows=4096):
+def sinkhorn(S, eps, v, tolerance=0.01, max_rounds=1000, chunk=4096):
     """The balanced posterior of scores S (n, k): U (n, k), whose rows here sum to 1.
 
     v: float64 (k,), column potentials to start from. Each round solves the rows exactly, and then
     v_j -= log(k mass_j / n): in the log domain nothing overflows. Ends when each column's mass is
     within `tolerance`, a share, of n/k. Returns U, v, the largest error and the rounds."""
     n, k = S.shape
-    for count in range(1, most + 1):
+    for rounds in range(1, max_rounds + 1):
         mass = torch.zeros(k, dtype=torch.float64, device=S.device)
-        for part in S.split(rows):
+        for part in S.split(chunk):
             mass += torch.softmax(part / eps + v.to(S.dtype), dim=1).sum(0, dtype=torch.float64)
         error = (mass * k / n - 1).abs().max().item()
-        if error <= tolerance or count == most:
+        if error <= tolerance or rounds == max_rounds:
             break
         v = v - torch.log((mass * k / n).clamp(min=1e-30))
-    U = [torch.softmax(part / eps + v.to(S.dtype), dim=1) for part in S.split(rows)]
-    return torch.cat(U), v, error, count
+    U = [torch.softmax(part / eps + v.to(S.dtype), dim=1) for part in S.split(chunk)]
+    return torch.cat(U), v, error, rounds
 
 
-def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0, rows=8192):
+def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0, chunk=8192):
     """Centroids C (k, D) of unit length, by alternation, from k random rows on; prints each epoch.
 
     f: features (N, D), centred and of unit length: a tensor, or what gives such rows when indexed
@@ -75,7 +75,7 @@ def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0,
     v = torch.zeros(k, dtype=torch.float64)
     for epoch in range(epochs):
         with torch.no_grad():
-            S = torch.cat([f[a:a + rows] @ C.T for a in range(0, len(f), rows)])       # (N, k)
+            S = torch.cat([f[a:a + chunk] @ C.T for a in range(0, len(f), chunk)])     # (N, k)
         U, v, error, rounds = sinkhorn(S, eps, v)
         order, total = rng.permutation(len(f)), 0.0
         for a in range(0, len(f), batch):
@@ -92,9 +92,9 @@ def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0,
     return C.detach()
 
 
-def scores(f, C, rows=8192):
+def scores(f, C, chunk=8192):
     """S = F^T C: features (N, D), as learn_centroids takes them, centroids (k, D) -> (N, k)."""
-    return torch.cat([f[a:a + rows] @ C.T for a in range(0, len(f), rows)])
+    return torch.cat([f[a:a + chunk] @ C.T for a in range(0, len(f), chunk)])
 
 
 def objective(U, S, eps):
@@ -110,15 +110,15 @@ def order_clusters(C, groups):
     digit of their base-g index; each part likewise, which gives the digit before; four times."""
     index, parts = torch.zeros(len(C), dtype=torch.int64), [torch.arange(len(C))]
     for power in range(4):
-        halves = []
+        smaller = []
         for members in parts:
             x = C[members] - C[members].mean(0)
             direction = torch.linalg.svd(x, full_matrices=False).Vh[0]
             ranked = members[(x @ direction).argsort()]
             for digit, part in enumerate(ranked.chunk(groups)):
                 index[part] += digit * groups ** power
-                halves.append(part)
-        parts = halves
+                smaller.append(part)
+        parts = smaller
     return index
 
 
@@ -254,7 +254,7 @@ def run(args):
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {args.out} cannot be made ({error.strerror})") from None
-    listing, names = os.path.join(args.out, "images.txt"), None
+    listing, names = os.path.join(args.out, "images.txt"), []
     if os.path.exists(listing):
         names = read_listing(listing, len(f))
     print(f"{path}: {len(f):,} x {len(f.mean)} into {args.k}", flush=True)
@@ -287,14 +287,13 @@ def run(args):
         print("warning: Sinkhorn did not reach a marginal error of 0.01: take a larger --eps")
     if (sizes == 0).any():
         print(f"{(sizes == 0).sum()} clusters hold no image; their sub-nets will not train")
-    if names is None or not os.path.isdir(args.data):
-        print(f"no picture: {listing} and the folder --data {args.data} are not both there")
-        return
     missing = [name for name in names if not os.path.exists(os.path.join(args.data, name))]
-    if missing:
+    if not names:
+        print(f"no picture: there is no {listing} that names the images")
+    elif missing:
         print(f"no picture: {args.data} lacks {missing[0]}, which {listing} names")
-        return
-    contact_sheet(S, clusters, names, args.data, place("clusters.png"))
+    else:
+        contact_sheet(S, clusters, names, args.data, place("clusters.png"))
 
 
 def main():

@@ -846,6 +846,7 @@ def run(args):
             sdrnet.refuse_changes(json.load(file)["arguments"], arguments, place("metrics.json"))
         sdrnet.print0(f"{place('metrics.json')} is finished; --fresh trains anew")
         return
+    sdrnet.catch_signals()                             # training saves at one, and ends
     name, source, digits = candidates[0]
     if len(candidates) > 1:
         name, source, digits = early_stopping(candidates, data, args, device,

@@ -69,23 +69,23 @@ def open_task(name, size, root=None, download=False):
     crop = functools.partial(sdrnet.center_crop, size=size)
     if name in NAMED:
         return named_task(name, crop, root, download)
-    classes, parts = {}, []
+    classes, parts = None, []
     for part in ("train", "test"):
         folder = os.path.join(name, part)
         if not os.path.isdir(folder):
             raise InputError(f"--task {name}: no folder {folder}; a task is a folder with train/ "
                              f"and test/ of a folder a class, or one of {', '.join(NAMED)}")
         names = sdrnet.list_images(folder)
-        owners = [n.split(os.sep)[0] for n in names]
-        classes[part] = sorted(set(owners))
-        unknown = sorted(set(owners) - set(classes["train"]))
-        if unknown or any(os.sep not in n for n in names):
-            raise InputError(f"--task {name}: {folder} holds "
-                             + (f"class {unknown[0]}, which train/ lacks" if unknown
-                                else "images outside of class folders"))
-        labels = torch.tensor([classes["train"].index(owner) for owner in owners])
+        if any(os.sep not in path for path in names):
+            raise InputError(f"--task {name}: {folder} holds images outside of class folders")
+        class_of = [path.split(os.sep)[0] for path in names]
+        classes = classes or sorted(set(class_of))       # those of train/
+        unknown = sorted(set(class_of) - set(classes))
+        if unknown:
+            raise InputError(f"--task {name}: {folder} has class {unknown[0]}, which train/ lacks")
+        labels = torch.tensor([classes.index(c) for c in class_of])
         parts += [sdrnet.Images(folder, names, crop), labels]
-    return Task(os.path.basename(os.path.abspath(name)), *parts, classes["train"])
+    return Task(os.path.basename(os.path.abspath(name)), *parts, classes)
 
 
 # Name: torchvision's data set, the splits that train, those that test, metric. The splits are the
@@ -199,8 +199,9 @@ def limit_training(task, most):
     seen, place = {}, np.zeros(len(labels), int)       # each image's place within its class
     for i in order:
         key = int(labels[i]) if labels.dim() == 1 else 0
-        place[i] = seen[key] = seen.get(key, -1) + 1
-    chosen = np.sort(np.argsort(place, kind="stable")[:most])
+        seen[key] = seen.get(key, -1) + 1
+        place[i] = seen[key]
+    chosen = np.sort(order[np.argsort(place[order], kind="stable")][:most])
     return task._replace(train=Subset(task.train, chosen.tolist()), train_labels=labels[chosen])
 
 
@@ -215,12 +216,12 @@ def knn(train, labels, test=None, k=20, temperature=0.07, chunk=1024):
     train = F.normalize(train.float(), dim=1)
     queries = train if test is None else F.normalize(test.float(), dim=1)
     votes = (labels if labels.dim() > 1 else F.one_hot(labels)).float()
-    k = min(k, len(train) - (test is None))
+    k = min(k, len(train))
     shares = []
     for start in range(0, len(queries), chunk):
         similarity = queries[start:start + chunk] @ train.T            # (chunk, N)
         if test is None:
-            similarity.diagonal(start).fill_(-math.inf)
+            similarity.diagonal(start).fill_(-math.inf)                # votes with weight 0
         near, index = similarity.topk(k, dim=1)                        # (chunk, k)
         weight = torch.softmax(near / temperature, dim=1)              # exp, without overflow
         shares.append(torch.einsum("qk,qkc->qc", weight, votes[index]))
@@ -231,7 +232,7 @@ def measure(shares, labels, metric):
     """Percent. shares (Q, C): scores of the classes; labels int64 (Q,), for mAP (Q, C) of 1, 0, -1.
 
     mean-per-class: the mean of the classes' accuracies. mAP: the mean of VOC2007's 11-point average
-    precisions, where an image of label -1 does not count for the class."""
+    precisions over classes with a positive image; an image of label -1 does not count."""
     if metric != "mAP":
         right = (shares.argmax(1) == labels).double()
         if metric == "top-1":
@@ -258,7 +259,7 @@ def run_network(run, dataset, device, amp="auto", workers=0, batch=256):
     parts = {}
     blocks = [range(a, min(a + batch, len(dataset))) for a in range(0, len(dataset), batch)]
     batches = sdrnet.load_batches(dataset, blocks, workers)
-    for samples in sdrnet.progress(batches, "features of batches", len(blocks)):
+    for samples in sdrnet.progress(batches, "batches of features", len(blocks)):
         x = sdrnet.normalise(torch.stack(samples).to(device).float() / 255)
         with sdrnet.autocast(device, amp):
             for key, f in run(x):
@@ -300,7 +301,7 @@ def linear_probe(train, labels, test, decay):
     """Logits (M, C) of test features by logistic regression on training features, multinomial, or
     for labels (N, C) of 0 and 1 C binary ones: L-BFGS on mean cross-entropy + decay / 2 |W|^2."""
     scale = train.pow(2).mean().sqrt().clamp(min=1e-12)
-    x, z = train / scale, test / scale
+    x, test = train / scale, test / scale
     classes = labels.shape[1] if labels.dim() > 1 else int(labels.max()) + 1
     shape = (x.shape[1] + 1, classes)                  # the last row is the bias
 
@@ -317,7 +318,7 @@ def linear_probe(train, labels, test, decay):
     found = minimize(objective, np.zeros(shape[0] * shape[1]), jac=True, method="L-BFGS-B",
                      options={"maxiter": 1000, "gtol": 1e-4})
     w = torch.from_numpy(found.x).float().view(shape)
-    return z @ w[:-1] + w[-1]
+    return test @ w[:-1] + w[-1]
 
 
 def probe_accuracy(train, test, task):
@@ -346,70 +347,69 @@ def choose(scores):
 def near_duplicates(train, labels):
     """The share of images whose nearest other one is nearly the same, a cosine of centred features
     (N, D) above 0.98, and has the same labels: leave-one-out then asks what it has seen."""
-    f = F.normalize(train - train.mean(0), dim=1)
-    similarity = f @ f.T
-    similarity.fill_diagonal_(-1)
-    cosine, nearest = similarity.max(1)
-    same = (labels[nearest] == labels).view(len(labels), -1).all(1)
-    return ((cosine > 0.98) & same).double().mean().item()
+    f, count = F.normalize(train - train.mean(0), dim=1), 0
+    for start in range(0, len(f), 1024):
+        similarity = f[start:start + 1024] @ f.T                       # (1024, N)
+        similarity.diagonal(start).fill_(-1)
+        cosine, nearest = similarity.max(1)
+        same = (labels[nearest] == labels[start:start + 1024]).view(len(nearest), -1).all(1)
+        count += ((cosine > 0.98) & same).sum().item()
+    return count / len(f)
 
 
-def route_task(net, task, args, device):
-    """Scores, chooses, reports and writes one task. Returns result.json's content."""
-    folder = os.path.join(args.out, task.name)
-    sdrnet.make_folder(folder)
+def score_network(net, task, args, device):
+    """The beginning of result.json: the task, and how W_0, or a plain network, does on it."""
     train, test = task_features(net, task, device, args.amp, args.workers)
-    score, test_score = knn_accuracy(train, test, task, args.k)
-    result = {"task": task.name, "metric": task.metric, "k": args.k, "temperature": 0.07,
-              "train_images": len(task.train), "test_images": len(task.test),
-              "classes": len(task.classes), "largest": {"score": score, "test": test_score}}
     if near_duplicates(train, task.train_labels) > 0.5:
         print(f"{task.name}: warning: most training images have a near-duplicate among them, such "
               "as frames of one film, so leave-one-out scores mean little")
-    scores, tests = score_all_paths(net, task, args.k, device, args.amp, args.workers)
-    index, path = choose(scores), None
-    result["mean"] = {"score": float(scores.mean()), "test": float(tests.mean())}
-    result["best_by_test"] = {"index": int(tests.argmax()), "test": float(tests.max())}
-    if index is None:
-        print(f"{task.name}: all sub-nets score alike, {scores[0]:.1f} %: none can be chosen, so "
-              "the largest network is taken")
-        result["chosen"] = {"index": None, "path": None, **result["largest"]}
-    else:
-        path = sdrnet.index_to_path(index, net.groups)
-        result["chosen"] = {"index": index, "path": list(path), "score": float(scores[index]),
-                            "test": float(tests[index])}
-    plain = net.extract(path)
-    if args.probe:
-        probed = task_features(plain, task, device, args.amp, args.workers)
-        for key, features in (("chosen", probed), ("largest", (train, test))):
-            result[key]["probe"], result[key]["probe_decay"] = probe_accuracy(*features, task)
-    result["origin"] = {"command": " ".join(sys.argv), "network": args.network}
-    save = sdrnet.save_file
-    save(os.path.join(folder, "scores.npy"), functools.partial(np.save, arr=scores))
-    save(os.path.join(folder, "test_scores.npy"), functools.partial(np.save, arr=tests))
-    sdrnet.save_checkpoint(os.path.join(folder, "subnet.pt"), {
-        "kind": "subnet", "config": plain.config, "image_size": args.image_size, "path": path,
-        "backbone": plain.state_dict(), "origin": result["origin"]})
-    sdrnet.save_json(os.path.join(folder, "result.json"), result)
-    print_ranking(result, scores, tests, net.groups)
-    draw_story(result, task, args, os.path.join(folder, "story.png"))
-    plot_histogram(result, scores, os.path.join(folder, "histogram.png"))
-    return result
-
-
-def compare_only(net, task, args, device):
-    """A network without sub-nets: writes and returns its accuracy, as the `largest` of a result."""
-    train, test = task_features(net, task, device, args.amp, args.workers)
     score, test_score = knn_accuracy(train, test, task, args.k)
     largest = {"score": score, "test": test_score}
     if args.probe:
         largest["probe"], largest["probe_decay"] = probe_accuracy(train, test, task)
-    result = {"task": task.name, "metric": task.metric, "k": args.k, "temperature": 0.07,
-              "train_images": len(task.train), "test_images": len(task.test),
-              "classes": len(task.classes), "largest": largest,
-              "origin": {"command": " ".join(sys.argv), "network": args.network}}
+    return {"task": task.name, "metric": task.metric, "k": args.k, "temperature": 0.07,
+            "train_images": len(task.train), "test_images": len(task.test),
+            "classes": len(task.classes), "largest": largest,
+            "origin": {"command": " ".join(sys.argv), "network": args.network}}
+
+
+def choose_subnet(net, task, result, args, device):
+    """Scores all sub-nets, chooses one, writes and shows it; adds to `result` what was found."""
+    place = functools.partial(os.path.join, args.out, task.name)
+    scores, tests = score_all_paths(net, task, args.k, device, args.amp, args.workers)
+    index, path = choose(scores), None
+    if index is None:
+        print(f"{task.name}: all sub-nets score alike, {scores[0]:.1f} %: none can be chosen, so "
+              "the largest network is taken")
+        chosen = {"index": None, "path": None, **result["largest"]}
+    else:
+        path = sdrnet.index_to_path(index, net.groups)
+        chosen = {"index": index, "path": list(path), "score": float(scores[index]),
+                  "test": float(tests[index])}
+    plain = net.extract(path)
+    if args.probe:
+        features = task_features(plain, task, device, args.amp, args.workers)
+        chosen["probe"], chosen["probe_decay"] = probe_accuracy(*features, task)
+    result["chosen"] = chosen
+    result["mean"] = {"score": float(scores.mean()), "test": float(tests.mean())}
+    result["best_by_test"] = {"index": int(tests.argmax()), "test": float(tests.max())}
+    sdrnet.save_file(place("scores.npy"), functools.partial(np.save, arr=scores))
+    sdrnet.save_file(place("test_scores.npy"), functools.partial(np.save, arr=tests))
+    sdrnet.save_checkpoint(place("subnet.pt"), {
+        "kind": "subnet", "config": plain.config, "image_size": args.image_size, "path": path,
+        "backbone": plain.state_dict(), "origin": result["origin"]})
+    print_ranking(result, scores, tests, net.groups)
+    draw_story(result, task, args, place("story.png"))
+    save_plot(place("histogram.png"), functools.partial(draw_histogram, result, scores))
+
+
+def route_task(net, task, args, device):
+    """All of one task. Returns result.json's content."""
     folder = os.path.join(args.out, task.name)
     sdrnet.make_folder(folder)
+    result = score_network(net, task, args, device)
+    if isinstance(net, sdrnet.SDRNet) and net.prefix_statistics():
+        choose_subnet(net, task, result, args, device)
     sdrnet.save_json(os.path.join(folder, "result.json"), result)
     return result
 
@@ -488,45 +488,36 @@ def cluster_images(args, index, count):
     return [image for image in images if not isinstance(image, str)]
 
 
-def matplotlib_axes(path):
-    """(figure, axes) of matplotlib; None where it is not installed, which one line says."""
+def save_plot(path, draw):
+    """Has draw(axes) fill a plot and writes it; without matplotlib one line says so."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path}: pip install matplotlib")
-        return None
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    return figure, figure.subplots()
-
-
-def plot_histogram(result, scores, path):
-    """How many sub-nets score what on a task (the paper's claim that they differ)."""
-    plot = matplotlib_axes(path)
-    if plot is None:
         return
-    figure, axes = plot
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    draw(figure.subplots())
+    sdrnet.save_file(path, functools.partial(figure.savefig, format="png", dpi=120))
+
+
+def draw_histogram(result, scores, axes):
+    """How many sub-nets score what on a task (the paper's claim that they differ)."""
     axes.hist(scores, bins=24, color="#88aacc")
     axes.axvline(result["chosen"]["score"], color="#aa3311", label="chosen")
     axes.axvline(result["largest"]["score"], color="black", linestyle="--", label="largest network")
     axes.set_xlabel(f"leave-one-out kNN on training images, {result['metric']}, %")
     axes.set_ylabel("sub-nets")
     axes.set_title(f"{result['task']}: {len(scores)} sub-nets")
-    figure.legend(loc="outside right upper")
-    sdrnet.save_file(path, functools.partial(figure.savefig, format="png", dpi=120))
+    axes.figure.legend(loc="outside right upper")
 
 
-def plot_gains(results, path):
+def draw_gains(results, axes):
     """Each task's gain over the largest network."""
-    plot = matplotlib_axes(path)
-    if plot is None:
-        return
-    figure, axes = plot
     gains = [result["chosen"]["test"] - result["largest"]["test"] for result in results]
     axes.barh([result["task"] for result in results], gains, color="#88aacc")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("routed sub-net over the largest network, points of kNN on test images")
-    sdrnet.save_file(path, functools.partial(figure.savefig, format="png", dpi=120))
 
 
 # ------------------------------------------------------------------------------------ command
@@ -562,7 +553,6 @@ def build_parser():
 def run(args):
     """The command, from the options on."""
     device = sdrnet.setup(args.device)
-    sdrnet.catch_signals(False)
     args.network = args.network or os.path.join(args.out, "sdrnet.pt")
     net = sdrnet.load_network(args.network).to(device)
     content = sdrnet.load_checkpoint(args.network)
@@ -576,19 +566,18 @@ def run(args):
     if len(set(names)) < len(names):
         raise InputError(f"--task: two are named {max(names, key=names.count)}, and each gets a "
                          "folder of its name in --out: rename one")
-    has_subnets = isinstance(net, sdrnet.SDRNet) and net.prefix_statistics()
-    score = route_task if has_subnets else compare_only
     mine = tasks[sdrnet.rank()::sdrnet.world_size()]
-    results = [score(net, limit_training(task, args.max_train), args, device) for task in mine]
+    results = [route_task(net, limit_training(task, args.max_train), args, device) for task in mine]
     if sdrnet.world_size() > 1:
         parts = [None] * sdrnet.world_size()
         dist.all_gather_object(parts, results)
         results = sorted((r for part in parts for r in part), key=lambda r: names.index(r["task"]))
-        dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if sdrnet.rank() == 0:
         print_summary(results)
-        if has_subnets:
-            plot_gains(results, os.path.join(args.out, "gains.png"))
+        if "chosen" in results[0]:
+            save_plot(os.path.join(args.out, "gains.png"), functools.partial(draw_gains, results))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main():

@@ -37,8 +37,7 @@ SDR in your own loop:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    images_of = lambda prefix: [torch.randn(64, 3, 32, 32)]    # that suit this prefix
-    recalibrate_bn(net, images_of)
+    recalibrate_bn(net, lambda prefix: [torch.randn(64, 3, 32, 32)])   # images for each prefix
     for path, f in net.tree(torch.randn(5, 3, 32, 32)):    # all sub-nets
         print(path, f.shape)
     plain = net.extract((1, 0, 1, 1))                      # torchvision's ResNet, equal outputs
@@ -95,11 +94,11 @@ def path_to_index(path, groups):
     return index
 
 
-def index_to_path(index, groups, length=4):
-    """The inverse of path_to_index: `length` digits. Raises ValueError for any other index."""
-    if not 0 <= index < groups ** length:
-        raise ValueError(f"sub-net {index}: there are 0 to {groups ** length - 1}")
-    return tuple(int(index) // groups ** (length - 1 - s) % groups for s in range(length))
+def index_to_path(index, groups):
+    """The inverse of path_to_index for whole paths, four digits. ValueError for any other index."""
+    if not 0 <= index < groups ** 4:
+        raise ValueError(f"sub-net {index}: there are 0 to {groups ** 4 - 1}")
+    return tuple(int(index) // groups ** power % groups for power in (3, 2, 1, 0))
 
 
 # ------------------------------------------------------------------------------------ running
@@ -149,25 +148,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CAUGHT = []                                            # those that came
 
 
-def note_signal(number, frame):
-    """A signal's handler: training looks at CAUGHT after each step, saves, and ends."""
-    CAUGHT.append(number)
-
-
 def catch_signals(catch=True):
-    """From here on signals are noted; catch False, where nothing is to be saved: they end the
-    process at once. A SIGHUP that nohup has switched off stays so."""
+    """From here on signals are noted in CAUGHT, where training looks after each step: it saves and
+    ends. catch False, where nothing is to be saved: they end the process at once. A SIGHUP that
+    nohup has switched off stays so."""
+    def note(number, frame):
+        CAUGHT.append(number)
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note_signal if catch else signal.SIG_DFL)
+            signal.signal(number, note if catch else signal.SIG_DFL)
 
 
 def setup(device="auto", seed=0):
-    """Device, process group (as torchrun's environment says), signals, seed; returns the device.
+    """Device, process group (as torchrun's environment says), seed; returns the device. Signals end
+    the process at once, until a training loop catches them.
 
     Raises InputError where CUDA is asked for and there is none."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
-    catch_signals()
+    catch_signals(False)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -190,9 +188,9 @@ def on_any(*flags):
 
 
 @functools.cache
-def has_bf16(kind):
+def has_bf16(device_type):
     """Whether this machine's "cpu" or "cuda" computes in bf16; emulated it would be slow."""
-    if kind == "cuda":
+    if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if not os.path.exists("/proc/cpuinfo"):
         return False
@@ -230,7 +228,8 @@ def toy_folder():
 # ------------------------------------------------------------------------------------ BatchNorm
 
 class AllReduce(torch.autograd.Function):
-    """The sum of a tensor over all processes; the gradients of all flow back to each."""
+    """The sum of a tensor over all processes; the gradients of all flow back to each.
+    dist.all_reduce itself has no gradient."""
 
     @staticmethod
     def forward(ctx, tensor):
@@ -304,8 +303,7 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x, out=None, row=None, track=True):
         """x: (B, C', ...), the channels `out` of C, None for all. row: the prefix whose statistics
         count, None for W_0's. track: whether they follow this batch (momentum None: average)."""
-        weight = slice_weight(self.weight, out) if self.affine else None
-        bias = slice_weight(self.bias, out) if self.affine else None
+        weight, bias = slice_weight(self.weight, out), slice_weight(self.bias, out)
         if self.track_running_stats and not self.training:
             mean, var = self.statistics(out, row)
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
@@ -415,7 +413,8 @@ class SDRNet(nn.Module):
         return torch.cat([parts[0], parts[1 + path[s]]])
 
     def row(self, s, path):
-        """Whose statistics stage s takes along a path: its first s+1 digits', None for W_0's."""
+        """The row of stage s's tables of statistics that a path uses, the index of its first s+1
+        digits; None for W_0's. Raises ValueError where there is none."""
         if path is None:
             return None
         if None not in path[:s + 1]:
@@ -449,12 +448,14 @@ class SDRNet(nn.Module):
         return self.resnet.maxpool(F.relu(x))
 
     def stage(self, s, x, path=None, track=True):
-        """Stage s of W_0, or along a path whose first s+1 digits count: (B, C, H, W) -> same."""
+        """Stage s of W_0, or along a path whose first s+1 digits count.
+
+        (B, C, H, W) -> (B, C', H', W')."""
         row = self.row(s, path)
         for b, (branch, shortcut) in enumerate(self.layers(s, path)):
-            y = x
-            for i, layer in enumerate(branch):
-                y = conv_bn(y if i == 0 else F.relu(y), *layer, row, track)
+            y = conv_bn(x, *branch[0], row, track)
+            for layer in branch[1:]:
+                y = conv_bn(F.relu(y), *layer, row, track)
             if shortcut is not None:
                 x = conv_bn(x, *shortcut, row, track)
             elif s == 0 and b == 0:                    # the stem's full width: take the path's
@@ -466,7 +467,8 @@ class SDRNet(nn.Module):
         """Normalised images (B, 3, H, W) -> features, fp32 (B, D) of W_0, (B, D') of a sub-net.
 
         path: four digits in 0 .. g-1, or None. In training by the batch's statistics, else by those
-        measured for inference. track: whether W_0's follow its batch; a path's moves none."""
+        measured for inference. track: whether W_0's follow its batch; a sub-net's forward moves
+        none."""
         track = track and path is None
         x = self.stem(x, track)
         for s in range(STAGES):
@@ -491,7 +493,8 @@ class SDRNet(nn.Module):
         """The sub-net of a path (None: W_0) as torchvision's ResNet in eval mode, equal outputs.
 
         resnet(**config) builds it again, config being its attribute. Where a ResNet-18's first
-        block selects channels of the stem, it has a 1x1 convolution of zeros and ones."""
+        block selects channels of the stem, it has a 1x1 convolution of zeros and ones, whose
+        BatchNorm does nothing in eval mode; trained further it normalises like any other."""
         widths = self.widths
         if path is not None:
             widths = [sum(split(width, self.groups, self.shared)) for width in widths]
@@ -568,7 +571,8 @@ def run_prefix(net, x, prefix):
 
 
 def average_statistics(module, runs):
-    """Lets the BatchNorms of a module average their statistics over `runs`, whose items run it."""
+    """Lets the BatchNorms of a module average their statistics over `runs`, a generator: taking its
+    next item runs the module on a batch."""
     for bn in batch_norms(module):
         bn.train()
         bn.momentum = None
@@ -721,13 +725,13 @@ def load_weights(net, path):
         raise InputError(f"{path} holds no ResNet's weights: no key ends in conv1.weight")
     wanted = {key: value for key, value in net.state_dict().items() if not key.startswith("fc.")}
     needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
-    missing = {}                                       # {prefix: keys that are not there under it}
-    for key in keys:
-        prefix = key.removesuffix("conv1.weight")
-        missing[prefix] = [key for key in needed if prefix + key not in state]
-    prefix = min(missing, key=lambda prefix: len(missing[prefix]))
-    if missing[prefix]:
-        raise InputError(f"{path} lacks {prefix}{missing[prefix][0]}: another architecture's?")
+
+    def missing(prefix):
+        return [prefix + key for key in needed if prefix + key not in state]
+    prefixes = [key.removesuffix("conv1.weight") for key in keys]
+    prefix = min(prefixes, key=lambda prefix: len(missing(prefix)))
+    if missing(prefix):
+        raise InputError(f"{path} lacks {missing(prefix)[0]}: another architecture's?")
     found = {key: state.get(prefix + key, value) for key, value in wanted.items()}
     for key, value in found.items():
         if value.shape != wanted[key].shape:
@@ -752,7 +756,10 @@ def list_images(folder, leave_out=None):
     if os.path.realpath(folder) in seen:
         raise InputError(f"{folder} holds the images and is the output: give another --out")
     names, left_out = [], []
-    for where, folders, files in os.walk(folder, followlinks=True):
+
+    def unreadable(error):
+        raise InputError(f"folder {error.filename} cannot be read ({error.strerror})")
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         folders.sort()                                 # of two links to a folder always the first
         real, inside = os.path.realpath(where), os.path.relpath(where, folder)
         if real in seen or os.path.basename(inside).startswith(".") and inside != ".":
@@ -764,7 +771,10 @@ def list_images(folder, leave_out=None):
             is_image = name.lower().endswith(SUFFIXES) and not name.startswith(".")
             place = os.path.normpath(os.path.join(inside, name))
             one_line = "\n" not in place and "\r" not in place         # in images.txt
-            (names if is_image and one_line else left_out).append(place)
+            if is_image and one_line:
+                names.append(place)
+            else:
+                left_out.append(place)
     if left_out:
         print0(f"{folder}: {len(left_out)} names left out (no image, begins with a dot, output, or "
                f"met before), such as {min(left_out)}")
@@ -792,7 +802,7 @@ def decode(path):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return T.pil_to_tensor(image.convert("RGB"))
 
 
 def center_crop(image, size):
@@ -824,15 +834,17 @@ class Images(Dataset):
             return f"{path} cannot be read as an image ({first_line(error)}): mend or remove it"
 
 
-def ignore_signals(_):
-    """Loader workers leave signals to their parent, which ends them when it is done."""
+def start_worker(_):
+    """Loader workers leave signals to their parent, which ends them when it is done, and send
+    tensors by name: an open file for each would be too many for the usual limit of 1,024."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @functools.lru_cache(2)
 def permutation(seed, epoch, count):
-    """The order of the images in an epoch: int64 (count,)."""
+    """The order of the images in an epoch: int64 (count,). Kept, as it is asked image by image."""
     return np.random.default_rng([seed, 1, epoch]).permutation(count)
 
 
@@ -841,7 +853,7 @@ def load_batches(dataset, batches, workers=0):
 
     Raises InputError where that is a sentence and no sample."""
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list,
-                        worker_init_fn=ignore_signals)
+                        worker_init_fn=start_worker)
     for samples in loader:
         for sample in samples:
             if isinstance(sample, str):
@@ -852,9 +864,7 @@ def load_batches(dataset, batches, workers=0):
 def normalise(x):
     """RGB in [0, 1], (B, 3, H, W) -> what torchvision's networks take: ImageNet's mean and
     standard deviation become 0 and 1."""
-    mean = x.new_tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
-    std = x.new_tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
-    return (x - mean) / std
+    return T.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @torch.no_grad()
@@ -868,7 +878,7 @@ def embed(net, dataset, device, amp="auto", workers=0, batch=256, table=None):
     mine = blocks[rank()::world_size()]
     features = np.zeros((len(dataset), net.features), np.float32) if table is None else table
     batches = zip(mine, load_batches(dataset, mine, workers))
-    for block, samples in progress(batches, "features of batches", len(mine)):
+    for block, samples in progress(batches, "batches of features", len(mine)):
         x = normalise(torch.stack(samples).to(device).float() / 255)
         with autocast(device, amp):
             features[block.start:block.stop] = net(x).float().cpu().numpy()
@@ -903,9 +913,11 @@ def main():
     args = parser.parse_args()
     try:
         device = setup()
-        catch_signals(False)
+        if not args.target.endswith(".npy"):
+            raise InputError(f"{args.target}: a name that ends in .npy is needed")
         net = load_network(args.checkpoint)
-        net = net if args.path is None else net.extract(read_path(args.path, net))
+        if args.path is not None:
+            net = net.extract(read_path(args.path, net))
         names = list_images(args.folder)
         size = load_checkpoint(args.checkpoint)["image_size"]
         images = Images(args.folder, names, functools.partial(center_crop, size=size))
@@ -915,7 +927,7 @@ def main():
             save_names(os.path.splitext(args.target)[0] + ".txt", names)
         print0(f"wrote {args.target}: {features.shape[0]:,} x {features.shape[1]}")
     except InputError as error:
-        parser.error(str(error))
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

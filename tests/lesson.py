@@ -19,7 +19,11 @@ from scipy.stats import entropy
 from torchvision.utils import make_grid
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-import cluster, pretrain, route, sdrnet, toy
+import cluster
+import pretrain
+import route
+import sdrnet
+import toy
 try:
     from matplotlib.figure import Figure
 except ImportError:
@@ -30,9 +34,11 @@ STYLES = dict(zip(toy.WORLDS, (("#12304f", "o", ""), ("#b5473c", "^", "//"),    
 # A function a figure: takes the run's folder, returns the figure and its paragraph, in which each
 # number is computed. Its docstring is the heading; what follows Q: goes to the questions.
 
+
 def load_images(run):
     """All images of the run, uint8 (N, 3, 32, 32)."""
     return pretrain.decode_all(run / "images", sdrnet.load_names(run / "images.txt"), 32, 0)
+
 
 def two_views(images, step):
     """SimSiam's two views of images, uint8 (B, 3, S, S), and the boxes that they are cut from."""
@@ -41,6 +47,7 @@ def two_views(images, step):
     crops = [pretrain.crop_batch(images, box, images.shape[2]) for box in boxes]
     return [pretrain.make_views(crop, row, 0) for crop, row in zip(crops, u)], boxes
 
+
 def views(run, count=10):
     """What SimSiam is shown"""
     some = load_images(run)[::400][:count]
@@ -48,7 +55,7 @@ def views(run, count=10):
     black, white = sdrnet.normalise(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1))
     pictures = torch.cat([some / 255] + [(view - black) / (white - black) for view in both])
     axes = Figure((9, 2.9), layout="constrained").subplots()
-    axes.imshow(make_grid(pictures.clamp(0, 1), count, pad_value=1).permute(1, 2, 0))
+    axes.imshow(make_grid(pictures.clamp(0, 1), count, pad_value=1).permute(1, 2, 0).numpy())
     axes.set(xticks=[], yticks=(18, 52, 86), yticklabels=("image", "view 1", "view 2"))
     for box, line in zip(boxes, ("-", ":")):           # pictures lie 34 pixels apart
         for i, (y, x, height, width) in enumerate(box.tolist()):
@@ -60,6 +67,7 @@ Images of {some.shape[2]} px, and their two views: crops (solid, dotted) of {are
 {area.max():.0%} of the area, each with its own colours, grey and flip. Each must predict the
 other's features, `L = D(p_1, z_2)/2 + D(p_2, z_1)/2`, so these keep form, which both share. Try
 `python pretrain.py --out runs/blur --blur 0.5`."""
+
 
 def train_simsiam(images, with_predictor, steps=160, B=64):
     """SimSiam from scratch: (loss, std) of each step, an array (steps, 2)."""
@@ -73,6 +81,7 @@ def train_simsiam(images, with_predictor, steps=160, B=64):
         x, _ = two_views(images[pretrain.uniform_batch(step, 0, len(images), B)], step)
         log.append(pretrain.train_step(model, optimizer, x, (), torch.device("cpu"), "off"))
     return np.array([(line["loss"], line["std"]) for line in log])
+
 
 def collapse(run, B=64):
     """Collapse: SimSiam from scratch without its predictor"""
@@ -96,6 +105,7 @@ enter all at once, from scratch? Watch sub_std; try
 Q: Why does std not fall to 0? | The projector ends in a BatchNorm: a batch's mean is 0. One
 image against all others has 2 / sqrt(B) = {least:.2f}; the least is {ill[:, 1].min():.2f}."""
 
+
 def posterior(run, count=200):
     """Sinkhorn's posterior U, images sorted by cluster"""
     C, clusters = torch.from_numpy(np.load(run / "centroids.npy")), np.load(run / "clusters.npy")
@@ -104,7 +114,8 @@ def posterior(run, count=200):
     columns, sizes = Figure((9, 4), layout="constrained").subplots(1, 3), np.bincount(clusters)
     for axes, eps in zip(columns, (0.5, 0.05, 0.01)):
         U, _, error, rounds = cluster.sinkhorn(S, eps, torch.zeros(len(C), dtype=torch.float64))
-        picture = axes.imshow(U[rows], "Greys", vmin=0, vmax=1, aspect="auto", interpolation="none")
+        picture = axes.imshow(U[rows].numpy(), "Greys", vmin=0, vmax=1, aspect="auto",
+                              interpolation="none")
         H = -torch.xlogy(U, U).sum(1).mean()
         axes.set_title(f"eps = {eps}: H = {H:.2f} nat\nmarginal error {error:.1%}")
         axes.set(xlabel="cluster", ylabel=f"{count} images, by cluster")
@@ -116,6 +127,7 @@ rounds at eps = {eps}. Try
 `python cluster.py --out runs/soft --features runs/toy/features.npy --eps 0.5`.
 Q: U is balanced; why do clusters differ in size? | An image goes to its highest S, not U:
 {sizes.min()} to {sizes.max()} images, n/k = {sizes.mean():.0f}."""
+
 
 def worlds(run):
     """What the clusters hold"""
@@ -140,6 +152,7 @@ of the images are of their cluster's commonest world, {p.sum(0).max():.0%} by ch
 `python cluster.py --out runs/few --features runs/toy/features.npy --epochs 1`.
 Q: Which cluster is the most of one world? | {purity.argmax()}: {purity.max():.0%}."""
 
+
 def features(run):
     """Features before and after, along two principal directions"""
     simsiam, sdr = (sdrnet.load_network(run / name) for name in ("simsiam.pt", "sdrnet.pt"))
@@ -157,8 +170,8 @@ def features(run):
         _, size, directions = torch.linalg.svd(f - f.mean(0), full_matrices=False)
         plane, share = (f - f.mean(0)) @ directions[:2].T, size ** 2 / size.square().sum()
         for w, (label, (colour, marker, _)) in enumerate(STYLES.items()):
-            axes.scatter(*plane[world == w][::4].T, s=16, color=colour, marker=marker, label=label,
-                         edgecolor="black", linewidth=0.4)
+            axes.scatter(*plane[world == w][::4].T.numpy(), s=16, color=colour, marker=marker,
+                         label=label, edgecolor="black", linewidth=0.4)
         axes.set_title(f"{name}: kNN of class\n{right:.1f} %, of world {across:.1f} %")
         axes.set(xlabel=f"1st, {share[0]:.0%} of variance", ylabel=f"2nd, {share[1]:.0%}")
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -170,6 +183,7 @@ dimensions, finds the class within a task, and the world among all. SimSiam is `
 SDR, which trains on from it, adds the mean over sub-nets of `L_ssl(D_i; W_i) + lambda KD_i`. Try
 `python sdrnet.py runs/toy/sdrnet.pt runs/toy/tasks/signs/test signs.npy --path 0,1,1,0`.
 Q: What share of W_0's weights does a sub-net use? | {part / whole:.0%}: {part:,} of {whole:,}."""
+
 
 def scores(run):
     """All sub-nets on each task, and the routed one"""
@@ -195,6 +209,7 @@ never choose. On those it is {over_mean:+.1f} points off the sub-nets' mean, and
 off W_0, on average of {len(gains)} tasks. Try
 `python route.py --out runs/five --network runs/toy/sdrnet.pt --k 5`.
 Q: How many of {len(x)} sub-nets beat W_0 on the test images? | {", ".join(better)}."""
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage=argparse.SUPPRESS)
@@ -223,6 +238,7 @@ def main():
         parser.error(" ".join(str(error).split()))
     page += "\n## Questions\n\n" + "\n".join(f"{i}. {q}" for i, q in enumerate(questions, 1)) + "\n"
     (args.out / "lesson.md").write_text(page)
+
 
 if __name__ == "__main__":
     main()

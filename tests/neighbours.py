@@ -332,7 +332,6 @@ def train(model, args, names, device):
 def set_up(args):
     """The device; --data becomes toy images where none is given. Raises InputError."""
     device = sdrnet.setup(seed=vars(args).get("seed", 0))
-    sdrnet.catch_signals(False)                        # there is no state to save
     if sdrnet.world_size() > 1:
         raise InputError("this runs on one process: start it by python, not by torchrun")
     args.data = args.data or os.path.join(sdrnet.toy_folder(), "images")

@@ -205,7 +205,7 @@ def test_the_loss_of_a_step_is_the_sum_of_the_paper(distill):
 def explained_by_mean(z):
     """The share of unit z's mean square that the batch's mean explains."""
     z = F.normalize(z, dim=1)
-    return float(z.mean(0).pow(2).sum() / z.pow(2).sum(1).mean())
+    return (z.mean(0).pow(2).sum() / z.pow(2).sum(1).mean()).item()
 
 
 def test_the_teacher_is_normalised_by_the_clusters_own_batch():
@@ -277,6 +277,9 @@ def test_byols_target_follows_with_momentum():
 def test_std_shows_collapse():
     assert float(pretrain.feature_std(torch.randn(4096, 64))) == pytest.approx(1, abs=0.02)
     assert float(pretrain.feature_std(torch.ones(64, 8))) == 0
+    z = torch.ones(64, 8)                              # the least where the mean is 0
+    z[0] = -63
+    assert float(pretrain.feature_std(z)) == pytest.approx(2 / 64 ** 0.5, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------ processes
