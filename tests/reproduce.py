@@ -64,7 +64,7 @@ class Pool(NamedTuple):
 POOLS = {
     "toy": Pool(20, 10, {"figures": "figures", "lands": "lands", "signs": "signs",
                          "weaves": "weaves"}),
-    "domains": Pool(6, 4, {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon",
+    "domains": Pool(6, 12, {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon",
                            "hands": "hands", "tin_mammals": "photos", "tin_vehicles": "photos",
                            "tin_food": "photos"}, ("sketch", "hands", "tin_food")),
     "photographs": Pool(5, 3, {"tin_mammals": "nature", "tin_arthropods": "nature",
@@ -100,6 +100,8 @@ ROWS = {
     "one": Row("SDR, one path for all images (k = 1)", clusters="one"),
     "narrow": Row("SimSiam, the sub-net's width throughout, from scratch", (1, 1),
                   options="--width 12", start=None),
+    "simsiam_third": Row("SimSiam, a third of the epochs", (0, 1 / 3)),
+    "sdr_third": Row("SDR, a third of the epochs", (0, 1 / 3), clusters="balanced"),
     "l2": Row("SDR, L2 in SiamKD's place", clusters="balanced", options="--distill l2"),
     "literal": Row("SDR, phases read literally", clusters="balanced", options="--phases-literal"),
     "k81": Row("SDR, k = 81", clusters="81", options="--shared 0.4375"),
