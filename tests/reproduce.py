@@ -123,7 +123,7 @@ DETECTION = {
 
 
 def rows_of(pool):
-    """ROWS, and first the oracle: SimSiam on each kind of images alone, as many images as on all."""
+    """ROWS, and first the oracle: SimSiam on each kind of images alone, as many as on all."""
     rows = {"base": ROWS["base"], "simsiam_third": ROWS["simsiam_third"]}
     for kind in sorted(set(POOLS[pool].kind_of.values())):
         text = f"SimSiam on {kind} alone, a third of the images"
@@ -411,8 +411,8 @@ def task_table(data):
         body.append([task + " *" * (task in data.tuning), *cells,
                      spread(data.gains("sdr", "simsiam", task=task), "+"), spread(own)])
     return table(["task", *(f"SimSiam, {text}" for text in CURRENCIES.values()),
-                  "... a third", "a third, on its kind alone", "SDR routed", "its largest", "gain, equal epochs",
-                  "own kind in its cluster, %"], body)
+                  "... a third", "a third, on its kind alone", "SDR routed", "its largest",
+                  "gain, equal epochs", "own kind in its cluster, %"], body)
 
 
 def claims(data):
@@ -469,6 +469,8 @@ def figures(data, results):
                                    "no_phases", "sdr"])}
     for name, (against, shown) in plots.items():
         shown = [row for row in shown if data.gains(row, against)]
+        if not shown:
+            continue
         figure, width = Figure(figsize=(9, 4.5), layout="constrained"), 0.8 / max(1, len(shown))
         axes = figure.subplots()
         for i, row in enumerate(shown):
