@@ -218,8 +218,8 @@ def read_listing(path, count):
 
 # ------------------------------------------------------------------------------------ command
 
-def parse_args():
-    """The parser, for its errors, and the options."""
+def build_parser():
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--features", help="float (N, D); default: <out>/features.npy")
@@ -234,17 +234,16 @@ def parse_args():
     parser.add_argument("--order", choices=("tree", "random"), default="tree",
                         help="tree: clusters whose index ends alike are alike; random")
     parser.add_argument("--seed", type=int, default=0, help="of the start and the shuffling: 0")
-    args = parser.parse_args()
-    for name in ("k", "eps", "temperature", "epochs", "lr"):
-        if not 1e-6 <= getattr(args, name) <= 1e6:     # beyond, float32 overflows
-            parser.error(f"--{name} {getattr(args, name)}: a number from 1e-6 to 1e6 is needed")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: a number from 0 on is needed")
-    return parser, args
+    return parser
 
 
 def run(args):
     """The command, from the options on."""
+    for name in ("k", "eps", "temperature", "epochs", "lr"):
+        if not 1e-6 <= getattr(args, name) <= 1e6:     # beyond, float32 overflows
+            raise InputError(f"--{name} {getattr(args, name)}: 1e-6 to 1e6 is needed")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: a number from 0 on is needed")
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     path = args.features or os.path.join(args.out, "features.npy")
     f = load_features(path)
@@ -297,7 +296,8 @@ def run(args):
 
 
 def main():
-    parser, args = parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     try:
         run(args)
     except InputError as error:

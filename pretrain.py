@@ -63,7 +63,9 @@ from sdrnet import InputError
 
 # ------------------------------------------------------------------------------------ views
 # Each view of each image has a row of numbers of its own, uniform in [0, 1), a function of (seed,
-# step, position in the global batch, view). All of its augmentation follows from that row.
+# step, position in the global batch, view). All of its augmentation follows from that row. What is
+# drawn has streams of its own, the second number of a seed: 0 views, 1 orders of epochs, 2 sub-nets
+# and their images, 3 the anchor, 4 images for statistics.
 
 TRIES = 10                                             # shapes of a crop, of which not all may fit
 NUMBERS = 2 * TRIES + 2 + 1 + 9 + 1 + 2                # crop 2 TRIES + 2, flip, colour, grey, blur

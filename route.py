@@ -54,13 +54,13 @@ from sdrnet import InputError
 
 class Task(NamedTuple):
     """train, test: data sets of uint8 (3, S, S); labels: int64 (N,), or (N, C) of 1, 0 and -1,
-    which does not count; classes: names; metric: top-1, mean-per-class or mAP."""
+    which does not count; classes: how many; metric: top-1, mean-per-class or mAP."""
     name: str
     train: Dataset
     train_labels: torch.Tensor
     test: Dataset
     test_labels: torch.Tensor
-    classes: list
+    classes: int
     metric: str = "top-1"
 
 
@@ -79,13 +79,13 @@ def open_task(name, size, root=None, download=False):
         if any(os.sep not in path for path in names):
             raise InputError(f"--task {name}: {folder} holds images outside of class folders")
         class_of = [path.split(os.sep)[0] for path in names]
-        classes = classes or sorted(set(class_of))       # those of train/
+        classes = classes or sorted(set(class_of))     # those of train/
         unknown = sorted(set(class_of) - set(classes))
         if unknown:
             raise InputError(f"--task {name}: {folder} has class {unknown[0]}, which train/ lacks")
         labels = torch.tensor([classes.index(c) for c in class_of])
         parts += [sdrnet.Images(folder, names, crop), labels]
-    return Task(os.path.basename(os.path.abspath(name)), *parts, classes)
+    return Task(os.path.basename(os.path.abspath(name)), *parts, len(classes))
 
 
 # Name: torchvision's data set, the splits that train, those that test, metric. The splits are the
@@ -139,7 +139,7 @@ def named_task(name, crop, root, download):
         raise InputError(f"--task {name} cannot be read ({sdrnet.first_line(error)}); is --root "
                          "right? --download lets torchvision fetch it") from None
     count = parts[1].shape[1] if metric == "mAP" else int(parts[1].max()) + 1
-    return Task(name, *parts, [str(c) for c in range(count)], metric)
+    return Task(name, *parts, count, metric)
 
 
 def read_split(name, make, split, root, download):
@@ -369,7 +369,7 @@ def score_network(net, task, args, device):
         largest["probe"], largest["probe_decay"] = probe_accuracy(train, test, task)
     return {"task": task.name, "metric": task.metric, "k": args.k, "temperature": 0.07,
             "train_images": len(task.train), "test_images": len(task.test),
-            "classes": len(task.classes), "largest": largest,
+            "classes": task.classes, "largest": largest,
             "origin": {"command": " ".join(sys.argv), "network": args.network}}
 
 
@@ -449,7 +449,7 @@ def draw_story(result, task, args, path, columns=12, tile=64):
     """A picture of the routing: the task's images, those its sub-net was trained on, scores."""
     chosen, groups = result["chosen"], []
     some = np.linspace(0, len(task.train) - 1, columns).astype(int)
-    groups.append((f"task {task.name}: {len(task.classes)} classes, {len(task.train):,} training "
+    groups.append((f"task {task.name}: {task.classes} classes, {len(task.train):,} training "
                    "images, such as", [task.train[int(i)] for i in some]))
     pool = cluster_images(args, chosen["index"], 2 * columns)
     if pool:

@@ -525,10 +525,12 @@ class SDRNet(nn.Module):
 
 def copy_layer(to, conv, bn, out=None, inp=None, row=None):
     """Copies what a path uses of a convolution and its BatchNorm into plain ones, `to`."""
-    to[0].weight.copy_(slice_weight(conv.weight, out, inp))
-    to[1].weight.copy_(slice_weight(bn.weight, out))
-    to[1].bias.copy_(slice_weight(bn.bias, out))
-    to[1].running_mean, to[1].running_var = (kept.clone() for kept in bn.statistics(out, row))
+    plain_conv, plain_bn = to
+    plain_conv.weight.copy_(slice_weight(conv.weight, out, inp))
+    plain_bn.weight.copy_(slice_weight(bn.weight, out))
+    plain_bn.bias.copy_(slice_weight(bn.bias, out))
+    mean, var = bn.statistics(out, row)
+    plain_bn.running_mean, plain_bn.running_var = mean.clone(), var.clone()
 
 
 def select_channels(conv, bn, out):
@@ -547,7 +549,9 @@ def recalibrate_bn(net, images_of, prefixes=True):
     net.eval()
     average_statistics(net.resnet, (net(x) for x in images_of(())))
     began = time.time()
-    for s in range(STAGES if prefixes else 0):
+    if not prefixes:
+        return
+    for s in range(STAGES):
         for bn in batch_norms(net.blocks(s)):
             width = len(net.channels(s, bn.num_features, (0,) * STAGES))
             bn.prefix_mean = bn.weight.new_zeros(net.groups ** (s + 1), width)
