@@ -869,8 +869,6 @@ def run(args):
         content = {"backbone": name, "path": digits, "arguments": arguments, "result": result,
                    "command": " ".join(sys.argv), "torch": str(torch.__version__)}
         sdrnet.save_json(place("metrics.json"), content)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def main():
@@ -878,6 +876,8 @@ def main():
     args = parser.parse_args()
     try:
         run(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except InputError as error:
         parser.error(" ".join(str(error).split()))
 
