@@ -284,7 +284,8 @@ def describe_clusters(job, tasks):
     """For each task the share of its chosen sub-net's images that are of the task's own kind."""
     own = job.where / job.name / "clusters.npy"
     clusters = np.load(own if own.exists() else job.where / "base/clusters.npy")
-    kinds = np.array([make_pool(job)[2](name) for name in read_listing(job)])
+    _, _, kind_of = make_pool(job)
+    kinds = np.array(list(map(kind_of, read_listing(job))))
     shares = {"sizes": np.bincount(clusters, minlength=16).tolist()}
     for task, kind in POOLS[job.pool].kind_of.items():
         members = clusters == tasks[task]["index"]
