@@ -390,7 +390,8 @@ def core_table(data):
         lines, subnets = data.rows[name].values(), row.clusters is not None
         keys = ("routed", "largest", "mean", "best") if subnets else ("largest",)
         cells = [spread(data.scores(name, key).values()) for key in keys] + [""] * (4 - len(keys))
-        other = [spread(data.gains(name, against), "+") for against in CURRENCIES if subnets]
+        comparable = subnets and row.epochs == (0, 1)
+        other = [spread(data.gains(name, against), "+") for against in CURRENCIES if comparable]
         images = np.mean([line.get("images", 0) for line in lines]) / 1000
         cost = images * COST / IMAGES if subnets else images
         body.append([row.text, *cells, *(other or ["", "", ""]), len(lines), f"{images:,.0f}",
