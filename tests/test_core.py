@@ -271,7 +271,7 @@ def test_byols_target_follows_with_momentum():
     net, projector, _ = model.target
     z = [projector(net(v)) for v in x]
     p = [model.predictor(model.projector(model.net(v))) for v in x]
-    assert float(loss) == pytest.approx(float(pretrain.symmetric_loss(p, z)), abs=1e-12)
+    assert loss.item() == pytest.approx(pretrain.symmetric_loss(p, z).item(), abs=1e-12)
 
 
 def test_std_shows_collapse():
