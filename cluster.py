@@ -74,7 +74,7 @@ def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0,
     optimizer = torch.optim.SGD([C], lr=lr, momentum=0.9)
     v = torch.zeros(k, dtype=torch.float64)
     for epoch in range(epochs):
-        with torch.no_grad():
+        with torch.no_grad():                          # as scores(): it lifts with sinkhorn alone
             S = torch.cat([f[a:a + chunk] @ C.T for a in range(0, len(f), chunk)])     # (N, k)
         U, v, error, rounds = sinkhorn(S, eps, v)
         order, total = rng.permutation(len(f)), 0.0

@@ -503,8 +503,8 @@ def copy_backbone(source, path=None, random=False):
 # ------------------------------------------------------------------------------------ training
 
 def training_items(step, seed, usable, batch, sides):
-    """[(image, short side, mirrored), ...] of a step's whole batch: the next of an endless row of
-    epochs, each a permutation; a function of (seed, step, position)."""
+    """[(image, short side, mirrored), ...] of a step's whole batch: the next of an endless sequence
+    of epochs, each a permutation; a function of (seed, step, position)."""
     items = []
     for place in range(step * batch, (step + 1) * batch):
         epoch, at = divmod(place, len(usable))

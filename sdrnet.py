@@ -548,9 +548,9 @@ def recalibrate_bn(net, images_of, prefixes=True):
     batch and averages its statistics over the batches; the stages before it use theirs."""
     net.eval()
     average_statistics(net.resnet, (net(x) for x in images_of(())))
-    began = time.time()
     if not prefixes:
         return
+    began = time.time()
     for s in range(STAGES):
         for bn in batch_norms(net.blocks(s)):
             width = len(net.channels(s, bn.num_features, (0,) * STAGES))

@@ -46,7 +46,7 @@ import sdrnet                                          # after the line that say
 
 OPTIONS = ("--width 16 --no-small-stem --image-size 32 --head 512 --batch-size 64 --lr 0.24 "
            "--weight-decay 5e-4 --blur 0")             # pretrain.py's toy recipe, for every pool
-IMAGES = 1 + 2 * 7 / 8                                 # a step's, in B: m = 2 in 7 of 8 phases
+IMAGES = 1 + 2 * 7 / 8                                 # a step's, in B: m = 2 in 7/8 of the steps
 COST = 1 + 2.5 * 7 / 8                                 # and what it costs, in SimSiam steps
 CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
               "simsiam_cost": "equal cost"}            # rows that SDR is compared with
@@ -204,6 +204,14 @@ def epochs_of(job):
     return base * POOLS[job.pool].base + more * POOLS[job.pool].more
 
 
+def images_of(job):
+    """Images that are forwarded with gradient, through any network."""
+    images = epochs_of(job) * len(read_listing(job))
+    if not job.row.clusters:
+        return images
+    return images * (3 if "--phases 0,0,0,0,1" in job.row.options else IMAGES)
+
+
 def commands_of(job):
     """The scripts' command lines of a job, as lists."""
     images, tasks, kind_of = make_pool(job)
@@ -256,9 +264,8 @@ def run_job(job, commit):
     if job.row.backbone:
         metrics = json.loads((target / "detection/metrics.json").read_text())
         return line | {"tasks": {"scenes": {"largest": metrics["result"]["coco"]["AP"]}}}
-    images = epochs_of(job) * len(read_listing(job)) * (IMAGES if job.row.clusters else 1)
     tasks = {task: read_result(target / task) for task in POOLS[job.pool].kind_of}
-    line |= {"epochs": epochs_of(job), "images": images, "tasks": tasks}
+    line |= {"epochs": epochs_of(job), "images": images_of(job), "tasks": tasks}
     if job.row.clusters:
         line["clusters"] = describe_clusters(job, tasks)
         line["least_sub_std"] = min(log.get("sub_std", 9.0)
@@ -312,6 +319,8 @@ def run(args):
     jobs = {name: (row, "") for name, row in rows.items() if name in (args.only or rows)}
     if args.tried:
         name, _, options = args.tried.partition("=")
+        if name in rows:
+            raise sdrnet.InputError(f"--try {args.tried}: {name} is a row's name, take another")
         jobs = {"base": (rows["base"], ""), name: (rows[(args.only or ["sdr"])[0]], options)}
     for (name, (row, options)), seed in itertools.product(jobs.items(), args.seeds):
         key = {"pool": args.pool, "seed": seed, "row": name}

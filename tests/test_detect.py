@@ -341,6 +341,22 @@ def arguments(scenes, out, *more):
             "--batch-size", 4, "--iterations", 4, "--workers", 0, "--out", out, *more]
 
 
+def candidates(scenes, *options):
+    return detect_voc.list_candidates(detect_voc.build_parser().parse_args(
+        ["--out", str(scenes), *map(str, options)]))
+
+
+def test_the_sub_net_is_the_one_asked_for(scenes, tmp_path):
+    network = str(scenes / "sdrnet.pt")
+    assert candidates(scenes) == [("sub-net 15, path 1,1,1,1", network, "1,1,1,1")]
+    assert candidates(scenes, "--path", "0,1,1,0") == [(network, network, "0,1,1,0")]
+    best = candidates(scenes, "--scores", scenes / "task" / "scores.npy", "--best", 2)
+    assert [path for _, _, path in best] == ["1,1,1,1", "1,1,1,0"]
+    np.save(tmp_path / "scores.npy", np.zeros(256))
+    with pytest.raises(sdrnet.InputError, match="2.4 sub-nets"):       # of a network of g = 4
+        candidates(scenes, "--scores", tmp_path / "scores.npy")
+
+
 def run(*options):
     """detect_voc.py by its command line, in this process."""
     with pytest.MonkeyPatch.context() as patch:

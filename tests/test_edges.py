@@ -177,6 +177,17 @@ def test_arrays_in_any_layout_give_the_same_centroids():
         assert torch.allclose(found, wanted, atol=1e-4)
 
 
+def test_workers_need_no_file_descriptor_for_each_tensor():
+    """A batch of 300 images from a worker, where a process may open 128 files."""
+    text = ("import resource, torch, sdrnet\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
+            "data = [torch.zeros(3, 8, 8, dtype=torch.uint8) for _ in range(300)]\n"
+            "print(sum(len(b) for b in sdrnet.load_batches(data, [range(300)] * 2, workers=1)))\n")
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.stdout.strip() == "600", done.stderr
+
+
 # ------------------------------------------------------------------------------------ wrong input
 
 @pytest.mark.parametrize("place", ["file", "file/run"])

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -168,3 +169,12 @@ def test_the_lesson_names_the_first_file_that_is_missing(tmp_path):
     line, = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("lesson.py: error: ")
     assert str(tmp_path / "images.txt") in line and not (tmp_path / "page").exists()
+
+
+def test_the_headers_loop_runs_in_an_empty_file(tmp_path):
+    text = source("sdrnet").split("SDR in your own loop:")[1].split("As a script:")[0]
+    (tmp_path / "loop.py").write_text(textwrap.dedent(text))
+    done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torch.Size([5, 96])") == 16

@@ -96,11 +96,15 @@ def test_all_paths_score_as_one_by_one(tmp_path):
 
 def test_training_images_are_limited_class_by_class():
     labels = torch.tensor([0] * 50 + [1] * 5 + [2] * 20)
-    task = route.Task("t", list(range(75)), labels, [], labels[:0], ["a", "b", "c"])
+    task = route.Task("t", list(range(75)), labels, [], labels[:0], 3)
     small = route.limit_training(task, 24)
     assert torch.bincount(small.train_labels).tolist() in ([10, 5, 9], [9, 5, 10])
     assert [labels[i] for i in small.train.indices] == small.train_labels.tolist()
     assert route.limit_training(task, 75) is task
+    labels = torch.arange(300) // 3                    # fewer than the classes: any of them
+    few = route.limit_training(task._replace(train=list(range(300)), train_labels=labels), 40)
+    classes = few.train_labels.tolist()
+    assert len(set(classes)) == 40 and max(classes) >= 40
 
 
 def test_voc_labels_leave_out_what_is_difficult_only(tmp_path):
