@@ -309,7 +309,7 @@ def one_step(rank, world):
     rows = pretrain.my_rows(8)
     loss, _ = ddp(x[:, rows], [((1, 0, 1, 1), x_i[:, rows])])
     loss.backward()
-    return float(loss), [p.grad for p in model.parameters()], model.net.resnet.state_dict()
+    return loss.item(), [p.grad for p in model.parameters()], model.net.resnet.state_dict()
 
 
 @pytest.mark.slow
