@@ -32,7 +32,7 @@ except ImportError:
 STYLES = dict(zip(toy.WORLDS, (("#12304f", "o", ""), ("#b5473c", "^", "//"),      # dark to light
                                ("#7db08f", "s", ".."), ("#f3d98b", "D", "xx"))))
 # A function a figure: takes the run's folder, returns the figure and its paragraph, in which each
-# number is computed. Its docstring is the heading; what follows Q: goes to the questions.
+# number is computed. Its docstring is the heading.
 
 
 def load_images(run):
@@ -102,7 +102,8 @@ the loss is better, {ill_loss:.2f} against {loss:.2f}, but std is {ill_std:.2f} 
 where all features are alike `D(p, z) = -cos(p, sg(z))` is at its least. Do sub-nets collapse that
 enter all at once, from scratch? Watch sub_std; try
 `python pretrain.py --init none --phases 0,0,0,0,1 --clusters runs/toy/clusters.npy --out runs/c`.
-Q: Why does std not fall to 0? | The projector ends in a BatchNorm: a batch's mean is 0. One
+
+**Why does std not fall to 0?** The projector ends in a BatchNorm: a batch's mean is 0. One
 image against all others has 2 / sqrt(B) = {least:.2f}; the least is {ill[:, 1].min():.2f}."""
 
 
@@ -125,15 +126,16 @@ U maximises `Tr(U^T S) + eps H(U)`, each cluster's mass being n/k. Large eps sme
 of a row is log k = {np.log(len(C)):.2f} nat at most. Small eps assigns, and takes longer: {rounds}
 rounds at eps = {eps}. Try
 `python cluster.py --out runs/soft --features runs/toy/features.npy --eps 0.5`.
-Q: U is balanced; why do clusters differ in size? | An image goes to its highest S, not U:
+
+**U is balanced; why do clusters differ in size?** An image goes to its highest S, not U:
 {sizes.min()} to {sizes.max()} images, n/k = {sizes.mean():.0f}."""
 
 
 def worlds(run):
     """What the clusters hold"""
     names, clusters = sdrnet.load_names(run / "images.txt"), np.load(run / "clusters.npy")
-    seed = int(names[0].removeprefix("seed").split("_")[0])            # toy.py mixed them so:
-    world = np.random.default_rng([seed, 8]).permutation(len(names)) % 32 // 8
+    seed = int(names[0].removeprefix("seed").split("_")[0])
+    world = [list(STYLES).index(name) for name, _ in toy.pool_kinds(seed, len(names))]
     table = np.zeros((clusters.max() + 1, 4))
     np.add.at(table, (clusters, world), 1)
     axes = Figure((9, 3.6), layout="constrained").subplots()
@@ -141,7 +143,6 @@ def worlds(run):
         axes.bar(range(len(table)), table[:, w], bottom=table[:, :w].sum(1), color=colour,
                  hatch=hatch, edgecolor="black", label=name)
     axes.set(xlabel="cluster, and its sub-net", ylabel="images", xticks=range(len(table)))
-    axes.set_ylim(0, 1.05 * table.sum(1).max())
     axes.figure.legend(loc="outside right center", reverse=True)
     purity, p = table.max(1) / table.sum(1), table / table.sum()
     bits = entropy(p.sum(0), base=2) + entropy(p.sum(1), base=2) - entropy(p.ravel(), base=2)
@@ -150,7 +151,8 @@ def worlds(run):
 {bits:.2f} of the {entropy(p.sum(0), base=2):.0f} bits of an image's world, and {p.max(1).sum():.0%}
 of the images are of their cluster's commonest world, {p.sum(0).max():.0%} by chance. Try
 `python cluster.py --out runs/few --features runs/toy/features.npy --epochs 1`.
-Q: Which cluster is the most of one world? | {purity.argmax()}: {purity.max():.0%}."""
+
+**Which cluster is the most of one world?** {purity.argmax()}: {purity.max():.0%}."""
 
 
 def features(run):
@@ -182,7 +184,8 @@ def features(run):
 dimensions, finds the class within a task, and the world among all. SimSiam is `L_ssl(D_0; W_0)`;
 SDR, which trains on from it, adds the mean over sub-nets of `L_ssl(D_i; W_i) + lambda KD_i`. Try
 `python sdrnet.py runs/toy/sdrnet.pt runs/toy/tasks/signs/test signs.npy --path 0,1,1,0`.
-Q: What share of W_0's weights does a sub-net use? | {part / whole:.0%}: {part:,} of {whole:,}."""
+
+**What share of W_0's weights does a sub-net use?** {part / whole:.0%}: {part:,} of {whole:,}."""
 
 
 def scores(run):
@@ -205,17 +208,18 @@ def scores(run):
     over_mean, over_largest = np.mean(gains, axis=0)
     return axes.figure, f"""
 A task goes to the sub-net of the best leave-one-out score, `i = argmax_i kNN(W_i)`; test images
-never choose. On those it is {over_mean:+.1f} points off the sub-nets' mean, and {over_largest:+.1f}
-off W_0, on average of {len(gains)} tasks. Try
+never choose. On those it gains {over_mean:+.1f} points over the sub-nets' mean and
+{over_largest:+.1f} over W_0, on average of {len(gains)} tasks. Try
 `python route.py --out runs/five --network runs/toy/sdrnet.pt --k 5`.
-Q: How many of {len(x)} sub-nets beat W_0 on the test images? | {", ".join(better)}."""
+
+**How many of {len(x)} sub-nets beat W_0 on the test images?** {", ".join(better)}."""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, default="runs/toy", help="a finished run: runs/toy")
     parser.add_argument("--out", type=Path, default="tests/results", help="tests/results")
-    args, questions = parser.parse_args(), []
+    args = parser.parse_args()
     page = f"# The method in six figures\n\nBy `python {' '.join(sys.argv)}`.\n"
     for name in ("images.txt", "features.npy", "simsiam.pt", "clusters.npy", "centroids.npy",
                  "sdrnet.pt", *(f"{world}/result.json" for world in STYLES)):
@@ -230,13 +234,10 @@ def main():
             figure, text = make(args.run)
             name = f"lesson_{i}_{make.__name__}.png"
             figure.savefig(args.out / name, dpi=100)
-            text, *question = text.split("\nQ: ")
-            questions += [" ".join(q.split()).replace("| ", "*") + "*" for q in question]
             page += f"\n## {i}. {make.__doc__}\n\n![{make.__doc__}]({name})\n{text}\n"
             print(f"wrote {args.out / name}", flush=True)
     except (sdrnet.InputError, cluster.InputError) as error:
         parser.error(" ".join(str(error).split()))
-    page += "\n## Questions\n\n" + "\n".join(f"{i}. {q}" for i, q in enumerate(questions, 1)) + "\n"
     (args.out / "lesson.md").write_text(page)
 
 

@@ -38,9 +38,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-import sdrnet                                          # after the line that says where it is
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import sdrnet                                          # after the lines that say where it is
+import toy
 
 # ------------------------------------------------------------------------------------ what is run
 
@@ -145,58 +145,40 @@ class Job(NamedTuple):
     options: str = ""
 
 
-def make_pool(job):
-    """The images' folder, the tasks' folders, and a function: an image's name -> its kind."""
+def open_pool(job):
+    """The images' folder, drawn or linked together where it is not there, and the tasks' folders."""
     packs, where, kind_of = job.packs, job.where, POOLS[job.pool].kind_of
     if job.pool == "toy":
-        import toy
         if not (where / "toy/images").exists():
             toy.draw(where / "toy", job.seed)
-        kinds = [world for world in toy.WORLDS for _ in toy.WORLDS[world]]
-        order = np.random.default_rng([job.seed, 8]).permutation(4096)         # as toy.draw mixes
-        return (where / "toy/images", [where / "toy/tasks" / name for name in kind_of],
-                lambda name: kinds[order[int(name[-10:-4])] % 32])
+        return where / "toy/images", [where / "toy/tasks" / name for name in kind_of]
     photographs = packs / "tiny-imagenet/images"
     tasks = [packs / "tin_tasks" / name for name in kind_of if name.startswith("tin_")]
     if job.pool == "photographs":
-        nature = set((packs / "tiny-imagenet/half_nature.txt").read_text().split())
-        return photographs, tasks, lambda name: "nature" if name[:9] in nature else "artefacts"
+        return photographs, tasks
     images = where / "pool"
     (images / "photos").mkdir(parents=True, exist_ok=True)
-    links = {folder.name: folder for folder in (packs / "domains/pool").iterdir()}
+    links = {images / folder.name: folder for folder in (packs / "domains/pool").iterdir()}
     for name in (packs / "domains/photos.txt").read_text().split():
-        links[f"photos/{os.path.basename(name)}"] = photographs / name
-    for name, source in links.items():
-        if not (images / name).is_symlink():
-            (images / name).symlink_to(source)
-    tasks += (packs / "domains/tasks").iterdir()
-    return images, tasks, lambda name: name.split("/")[0]
+        links[images / "photos" / os.path.basename(name)] = photographs / name
+    for link, source in links.items():
+        if not link.is_symlink():
+            link.symlink_to(source)
+    return images, tasks + list((packs / "domains/tasks").iterdir())
 
 
-def read_listing(job):
-    """The pool's images, as `base` has listed them."""
-    return (job.where / "base/images.txt").read_text().splitlines()
+def kinds_of(job):
+    """The kind of each of the pool's images, as `base` has listed them: (N,) str."""
+    if job.pool == "toy":
+        return np.array([world for world, _ in toy.pool_kinds(job.seed)])
+    names = (job.where / "base/images.txt").read_text().splitlines()
+    if job.pool == "domains":
+        return np.array([name.split("/")[0] for name in names])
+    nature = set((job.packs / "tiny-imagenet/half_nature.txt").read_text().split())
+    return np.array(["nature" if name[:9] in nature else "artefacts" for name in names])
 
 
 # ------------------------------------------------------------------------------------ running
-
-def make_clusters(job, commands):
-    """The clusters.npy that a row trains on; a command where they are to be learned first."""
-    base, target = job.where / "base", job.where / job.name
-    if job.row.clusters == "balanced":
-        return base / "clusters.npy"
-    if job.row.clusters.isdecimal():
-        commands.append(["cluster.py", "--features", base / "features.npy", "--out", target,
-                         "--k", job.row.clusters, "--seed", job.seed])
-        return target / "clusters.npy"
-    clusters = np.load(base / "clusters.npy")
-    if job.row.clusters == "random":
-        clusters = np.random.default_rng([job.seed, 9]).permutation(clusters)
-    else:
-        clusters = np.full_like(clusters, 15)          # path (1, 1, 1, 1) of g = 2
-    np.save(target / "clusters.npy", clusters)
-    return target / "clusters.npy"
-
 
 def epochs_of(job):
     """Epochs of the whole pool that W_0, or the network alone, is trained for."""
@@ -206,41 +188,59 @@ def epochs_of(job):
 
 def images_of(job):
     """Images that are forwarded with gradient, through any network."""
-    images = epochs_of(job) * len(read_listing(job))
-    if not job.row.clusters:
-        return images
-    return images * (3 if "--phases 0,0,0,0,1" in job.row.options else IMAGES)
+    a_step = 1
+    if job.row.clusters:
+        a_step = 3 if "--phases 0,0,0,0,1" in job.row.options else IMAGES
+    return a_step * epochs_of(job) * len(kinds_of(job))
+
+
+def save_clusters(job):
+    """clusters.npy of a row with other clusters than the base's; returns its path."""
+    path = job.where / job.name / "clusters.npy"
+    clusters = np.load(job.where / "base/clusters.npy")
+    if job.row.clusters == "random":
+        np.save(path, np.random.default_rng([job.seed, 9]).permutation(clusters))
+    elif job.row.clusters == "one":
+        np.save(path, np.full_like(clusters, 15))      # path (1, 1, 1, 1) of g = 2
+    else:
+        path = job.where / "base/clusters.npy"
+    return path
 
 
 def commands_of(job):
     """The scripts' command lines of a job, as lists."""
-    images, tasks, kind_of = make_pool(job)
-    row, target, epochs, commands = job.row, job.where / job.name, epochs_of(job), []
+    row, base, target = job.row, job.where / "base", job.where / job.name
+    images, tasks = open_pool(job)
     target.mkdir(parents=True, exist_ok=True)
     if row.backbone:
         return [["detect_voc.py", "--voc", job.where / "toy/VOCdevkit", "--train", "2007:trainval",
                  "--recipe", "quick", "--backbone", job.where / row.backbone, "--out", target,
                  "--seed", job.seed, "--workers", 0]]
+    commands, epochs = [], epochs_of(job)
     network = "byol.pt" if "byol" in row.options else "simsiam.pt"
     train = ["pretrain.py", "--data", images, "--out", target, "--seed", job.seed, "--workers", 0,
-             *OPTIONS.split(), *row.options.split(), *job.options.split()]
+             *OPTIONS.split(), *row.options.split(), *job.options.split(),
+             "--init", job.where / row.start / network if row.start else "none"]
     if row.subset:
-        names = read_listing(job)
-        members = [i for i, image in enumerate(names) if kind_of(image) == row.subset]
+        kinds = kinds_of(job)
+        members = np.flatnonzero(kinds == row.subset)
         np.save(target / "subset.npy", members)
+        epochs *= len(kinds) / len(members)            # as many images
         train += ["--subset", target / "subset.npy"]
-        epochs *= len(names) / len(members)
     if row.clusters:
-        train += ["--clusters", make_clusters(job, commands)]
-    start = job.where / row.start / network if row.start else "none"
-    commands.append([*train, "--epochs", f"{epochs:g}", "--init", start])
+        network, clusters = "sdrnet.pt", target / "clusters.npy"
+        if row.clusters.isdecimal():
+            commands += [["cluster.py", "--features", base / "features.npy", "--out", target,
+                          "--k", row.clusters, "--seed", job.seed]]
+        else:
+            clusters = save_clusters(job)
+        train += ["--clusters", clusters]
+    commands += [[*train, "--epochs", f"{epochs:g}"]]
     if job.name == "base":
-        commands.append(["cluster.py", "--out", target, "--data", images, "--seed", job.seed])
-    network = "sdrnet.pt" if row.clusters else network
-    route = ["route.py", "--out", target, "--network", target / network, "--data", images,
-             "--workers", 0, "--max-train", 100000]
-    commands.append(route + [part for task in tasks for part in ("--task", task)])
-    return commands
+        commands += [["cluster.py", "--out", target, "--data", images, "--seed", job.seed]]
+    named = [part for task in tasks for part in ("--task", task)]
+    return commands + [["route.py", "--out", target, "--network", target / network, "--data",
+                        images, "--workers", 0, "--max-train", 100000, *named]]
 
 
 def run_job(job, commit):
@@ -291,8 +291,7 @@ def describe_clusters(job, tasks):
     """For each task the share of its chosen sub-net's images that are of the task's own kind."""
     own = job.where / job.name / "clusters.npy"
     clusters = np.load(own if own.exists() else job.where / "base/clusters.npy")
-    _, _, kind_of = make_pool(job)
-    kinds = np.array(list(map(kind_of, read_listing(job))))
+    kinds = kinds_of(job)
     shares = {"sizes": np.bincount(clusters, minlength=16).tolist()}
     for task, kind in POOLS[job.pool].kind_of.items():
         members = clusters == tasks[task]["index"]
@@ -304,7 +303,7 @@ def describe_clusters(job, tasks):
 
 def read_lines(path):
     """The lines of a .jsonl, none where it is not there."""
-    return [json.loads(text) for text in open(path)] if path.exists() else []
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
 def run(args):
@@ -378,6 +377,8 @@ def verdict(gains, of="seed"):
     above = sum(gain > 0 for gain in gains)
     if not gains:
         return "not measured"
+    if len(gains) == 1:
+        return f"{'above' if above else 'below'}, in the one {of}"
     word = "in"
     if above in (0, len(gains)):
         word = "holds," if above else "does not hold,"
@@ -429,71 +430,93 @@ def task_table(data):
 def claims(data):
     """[(claim, what is measured, verdict), ...] of a pool."""
     kinds = {t: kind for t, kind in POOLS[data.pool].kind_of.items() if t not in data.tuning}
-    own = {t: data.gains(f"only_{kind}", "simsiam_third", task=t) for t, kind in kinds.items()}
-    own = [float(np.mean(gains)) for gains in own.values() if gains]
-    rows = [("1: a task's own kind alone teaches more than everything, at equal images",
-             spread(own, "+"), verdict(own, "task"))]
-    for row, text in CURRENCIES.items():
-        gains = data.gains("sdr", row)
-        rows.append((f"2: SDR over SimSiam, {text}", spread(gains, "+"), verdict(gains)))
-    every = [data.gains("sdr", "simsiam", task=t) for t in kinds]
-    every = [float(np.mean(gains)) for gains in every if gains]
-    rows.append(("2, 3: on every task, equal epochs", spread(every, "+"), verdict(every, "task")))
     runs = [(line["tasks"][t], line["clusters"][t])
             for line in data.rows.get("sdr", {}).values() for t in kinds]
+    rows = []
+
+    def claim(text, gains, of="seed"):
+        rows.append((text, spread(gains, "+"), verdict(gains, of)))
+
+    def each_task(row_of, against):
+        gains = [data.gains(row_of(kind), against, task=t) for t, kind in kinds.items()]
+        return [float(np.mean(values)) for values in gains if values]
+    claim("1: a task's own kind alone teaches more than everything, at equal images",
+          each_task("only_{}".format, "simsiam_third"), "task")
+    for row, text in CURRENCIES.items():
+        claim(f"2: SDR over SimSiam, {text}", data.gains("sdr", row))
+    claim("2: its largest network over SimSiam, equal epochs",
+          data.gains("sdr", "simsiam", "largest"))
+    claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
     noise = [(one["mean"] * (100 - one["mean"]) / one["images"]) ** 0.5 for one, _ in runs]
-    excess = [np.std(one["tests"]) - by_chance for (one, _), by_chance in zip(runs, noise)]
     agree = spread(one.get("correlation", 0.0) * 100 for one, _ in runs)
-    rows.append(("4: sub-nets differ on a task: std of test scores, above noise; correlation of "
-                 f"leave-one-out and test scores, %: {agree}", spread(excess, "+"),
-                 verdict(excess, "task")))
-    right = [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs]
-    rows.append(("5: the chosen cluster holds more of the task's kind than the pool, % points",
-                 spread(right, "+"), verdict(right, "task")))
-    gains = data.gains("detect_sdr", "detect_simsiam")
-    rows.append(("6: SDR's sub-net detects better, AP", spread(gains, "+"), verdict(gains)))
+    claim("4: sub-nets differ on a task: std of test scores, above noise; correlation of "
+          f"leave-one-out and test scores, %: {agree}",
+          [np.std(one["tests"]) - by_chance for (one, _), by_chance in zip(runs, noise)], "task")
+    claim("5: the chosen cluster holds more of the task's kind than the pool, % points",
+          [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs], "task")
+    claim("6: SDR's sub-net detects better, AP", data.gains("detect_sdr", "detect_simsiam"))
     for row in ("no_kd", "l2", "shared_heads", "no_phases", "random", "one", "narrow"):
-        gains = data.gains("sdr", row)
-        rows.append((f"7: SDR over {ROWS[row].text}", spread(gains, "+"), verdict(gains)))
+        claim(f"7: SDR over {ROWS[row].text}", data.gains("sdr", row))
     for row, text in (("one", "1"), ("k16", "16"), ("k81", "81")):
-        gains = data.gains("k256", row)
-        rows.append((f"8: k = 256 over k = {text}", spread(gains, "+"), verdict(gains)))
-    least = {row: [line["least_sub_std"] for line in data.rows.get(row, {}).values()]
-             for row in ("scratch", "scratch_no_phases")}
-    rows.append(("9: from scratch, phases over none; least std of sub-nets "
-                 + ", ".join(f"{min(values):.2f}" for values in least.values() if values),
-                 spread(data.gains("scratch", "scratch_no_phases"), "+"),
-                 verdict(data.gains("scratch", "scratch_no_phases"))))
+        claim(f"8: k = 256 over k = {text}", data.gains("k256", row))
+    least = [line["least_sub_std"] for row in ("scratch", "scratch_no_phases")
+             for line in data.rows.get(row, {}).values()]
+    claim(f"9: from scratch, phases over none; least std {' '.join(f'{x:.2f}' for x in least)}",
+          data.gains("scratch", "scratch_no_phases"))
     return rows
 
 
+def bars(axes, data, against, rows):
+    """Points of rows over another row, on each task."""
+    shown = [row for row in rows if data.gains(row, against)]
+    tasks, width = list(POOLS[data.pool].kind_of), 0.8 / max(1, len(shown))
+    for i, row in enumerate(shown):
+        gains = [np.mean(data.gains(row, against, task=task)) for task in tasks]
+        axes.bar(np.arange(len(tasks)) + (i + 0.5) * width - 0.4, gains, width, edgecolor="black",
+                 color=str(0.9 - 0.8 * i / len(shown)), label=rows_of(data.pool)[row].text)
+    if shown:
+        axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylabel(f"points of kNN accuracy over\n{ROWS[against].text}")
+
+
+def dots(axes, data):
+    """All sub-nets of SDR's first seed on each task, the one that was chosen, and SimSiam."""
+    marks = {"SDR, routed": ("*", "routed", "sdr"), "its largest network": ("_", "largest", "sdr"),
+             "SimSiam, equal epochs": ("x", "largest", "simsiam"),
+             "SimSiam, equal images": ("+", "largest", "simsiam_images")}
+    for seed, line in sorted(data.rows.get("sdr", {}).items())[:1]:
+        for i, task in enumerate(POOLS[data.pool].kind_of):
+            tests = line["tasks"][task]["tests"]
+            axes.scatter(np.linspace(i - 0.2, i + 0.2, len(tests)), tests, s=14, color="0.6",
+                         label="a sub-net" if i == 0 else None)
+            for text, (marker, key, row) in marks.items():
+                score = data.scores(row, key, task).get(seed, np.nan)
+                axes.scatter(i, score, s=110, marker=marker, color="black",
+                             label=text if i == 0 else None)
+        axes.set_ylabel(f"kNN accuracy on test images, %, seed {seed}")
+
+
 def figures(data, results):
-    """PNGs for claims 1, and 2 with 7, where matplotlib is; one line where it is not."""
+    """<pool>_transfer.png (claim 1), _gains.png (2, 7) and _subnets.png (3 to 5), of what was
+    measured; one line where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no figures: pip install matplotlib")
         return
-    tasks, rows = list(POOLS[data.pool].kind_of), rows_of(data.pool)
-    plots = {"transfer": ("simsiam_third", [row for row in rows if row.startswith("only_")]),
-             "gains": ("simsiam", ["simsiam_images", "simsiam_cost", "random", "no_kd",
-                                   "no_phases", "sdr"])}
-    for name, (against, shown) in plots.items():
-        shown = [row for row in shown if data.gains(row, against)]
-        if not shown:
-            continue
-        figure, width = Figure(figsize=(9, 4.5), layout="constrained"), 0.8 / max(1, len(shown))
+    alone = [row for row in rows_of(data.pool) if row.startswith("only_")]
+    controls = ["simsiam_images", "simsiam_cost", "random", "no_kd", "shared_heads", "no_phases"]
+    plots = {"transfer": (bars, "simsiam_third", alone),
+             "gains": (bars, "simsiam", [*controls, "sdr"]), "subnets": (dots,)}
+    tasks = [task + " *" * (task in data.tuning) for task in POOLS[data.pool].kind_of]
+    for name, (plot, *what) in plots.items():
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
-        for i, row in enumerate(shown):
-            gains = [np.mean(data.gains(row, against, task=task)) for task in tasks]
-            shade = str(0.9 - 0.8 * i / max(1, len(shown) - 1))
-            axes.bar(np.arange(len(tasks)) + i * width, gains, width, color=shade,
-                     edgecolor="black", label=rows[row].text)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks)
-        axes.set_ylabel(f"points of kNN accuracy over\n{rows[against].text}")
-        figure.legend(loc="outside lower center", ncols=2)
-        figure.savefig(results / f"{data.pool}_{name}.png", dpi=110)
+        plot(axes, data, *what)
+        if axes.has_data():
+            axes.set_xticks(range(len(tasks)), tasks)
+            figure.legend(loc="outside lower center", ncols=2)
+            figure.savefig(results / f"{data.pool}_{name}.png", dpi=110)
 
 
 def render(results):

@@ -170,21 +170,28 @@ def write_image(folder, seed, index, world, name):
     Image.fromarray(image).save(folder / f"seed{seed}_{index:06d}.png")
 
 
+KINDS = [(world, name) for world in WORLDS for name in WORLDS[world]]
+
+
+def pool_kinds(seed, pool=4096):
+    """What the unlabelled images show, line by line of images.txt: [(world, class), ...], mixed."""
+    return [KINDS[i % len(KINDS)] for i in np.random.default_rng([seed, 8]).permutation(pool)]
+
+
 def draw(out, seed=0, pool=4096, per_part=400):
     """All folders of the header, below `out`. Raises FileExistsError where OUT/images is there."""
-    out, kinds = Path(out), [(world, name) for world in WORLDS for name in WORLDS[world]]
+    out = Path(out)
     if (out / "images").exists():
         raise FileExistsError(f"{out}/images is there already: remove it, or give another --out")
     for name in ("images.part", "tasks", "VOCdevkit"):                 # of an interrupted drawing
         shutil.rmtree(out / name, ignore_errors=True)
     for part, start in (("train", 100_000), ("test", 200_000)):
         for index in range(4 * per_part):
-            world, name = kinds[index % 32]
+            world, name = KINDS[index % len(KINDS)]
             write_image(out / "tasks" / world / part / name, seed, start + index, world, name)
     write_scenes(out / "VOCdevkit/VOC2007", seed)
-    order = np.random.default_rng([seed, 8]).permutation(pool)         # the worlds are mixed
-    for index in range(pool):
-        write_image(out / "images.part", seed, index, *kinds[order[index] % 32])
+    for index, (world, name) in enumerate(pool_kinds(seed, pool)):
+        write_image(out / "images.part", seed, index, world, name)
     (out / "images.part").rename(out / "images")
 
 
