@@ -3,8 +3,8 @@
     python tests/bench.py                     # all rows, about ten minutes on one core
     python tests/bench.py views tree          # some
 
-A row prints medians of ours and of the reference and their ratio, on one thread. Quote ratios: times
-depend on the machine. The rows: views, step, simsiam, tree, cluster.
+A row prints medians of ours and of the reference and their ratio, on one thread. Quote ratios:
+times depend on the machine. The rows: views, step, simsiam, tree, cluster.
 """
 import os
 import sys
@@ -46,8 +46,9 @@ def transform(size, blur):
     """SimSiam's augmentation by torchvision, an image at a time."""
     jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
     blurring = T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], blur)
-    return T.Compose([T.RandomResizedCrop(size, (0.2, 1.0), antialias=True), jitter, T.RandomGrayscale(0.2),
-                      blurring, T.RandomHorizontalFlip(), T.ToDtype(torch.float32, scale=True),
+    return T.Compose([T.RandomResizedCrop(size, (0.2, 1.0), antialias=True), jitter,
+                      T.RandomGrayscale(0.2), blurring, T.RandomHorizontalFlip(),
+                      T.ToDtype(torch.float32, scale=True),
                       T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
 
@@ -74,7 +75,8 @@ def make_step(net, subs=0, size=32, batch=64):
     pretrain.set_lr(optimizer, 0.01, 0, 10)
     x = torch.randn(2, batch, 3, size, size)
     paths = [(0, 1, 1, 0), (1, 1, 0, 1)][:subs]
-    return lambda: pretrain.train_step(model, optimizer, x, [(path, x) for path in paths], CPU, "auto")
+    parts = [(path, x) for path in paths]
+    return lambda: pretrain.train_step(model, optimizer, x, parts, CPU, "auto")
 
 
 def step():
@@ -108,7 +110,8 @@ def simsiam():
         loss.backward()
         sgd.step()
     report("simsiam, end to end", *in_turn(
-        lambda: pretrain.train_step(model, optimizer, our_views(pixels, 1, 32, 0.0), [], CPU, "auto"),
+        lambda: pretrain.train_step(model, optimizer, our_views(pixels, 1, 32, 0.0), [], CPU,
+                                    "auto"),
         reference))
 
 
@@ -131,7 +134,7 @@ def tree():
 
 
 def cluster_row():
-    """40,000 x 128 into 256: seconds, sizes; k-means of the same epochs by plain lines beside it."""
+    """40,000 x 128 into 256: seconds, sizes; k-means of as many epochs by plain lines beside."""
     rng = np.random.default_rng(0)
     kinds = rng.normal(size=(400, 128))
     f = (kinds[rng.integers(0, 400, 40_000)] + rng.normal(size=(40_000, 128))).astype(np.float32)
@@ -148,8 +151,8 @@ def cluster_row():
         owner = (unit @ means.T).argmax(1)
         means = F.normalize(torch.zeros_like(means).index_add_(0, owner, unit))
     report("cluster, 40,000 x 128 into 256 / k-means", ours, time.perf_counter() - began)
-    print(f"  sizes {sizes.min()} to {sizes.max()}; mean cosine {S.max(1).values.mean():.3f}, k-means "
-          f"{(unit @ means.T).max(1).values.mean():.3f}")
+    print(f"  sizes {sizes.min()} to {sizes.max()}; mean cosine {S.max(1).values.mean():.3f}, "
+          f"k-means {(unit @ means.T).max(1).values.mean():.3f}")
 
 
 ROWS = {"views": views, "step": step, "simsiam": simsiam, "tree": tree, "cluster": cluster_row}

@@ -11,7 +11,7 @@ NETWORKS = {                                           # the largest network and
     "resnet18": dict(arch="resnet18", width=16, groups=2, shared=0.5, small_stem=False),
     "resnet50": dict(arch="resnet50", width=8, groups=2, shared=0.5, small_stem=False),
 }
-PATHS = [(0, 0, 0, 0), (1, 0, 1, 1), (0, 1, 1, 0)]     # keys of extraction.npz: "resnet18", "resnet18 1011"
+PATHS = [(0, 0, 0, 0), (1, 0, 1, 1), (0, 1, 1, 0)]     # extraction.npz: "resnet18 1011", ...
 
 
 def fill(shapes, rng):

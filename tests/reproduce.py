@@ -146,7 +146,7 @@ class Job(NamedTuple):
 
 
 def open_pool(job):
-    """The images' folder, drawn or linked together where it is not there, and the tasks' folders."""
+    """The folder of images, drawn or linked together if need be, and those of the tasks."""
     packs, where, kind_of = job.packs, job.where, POOLS[job.pool].kind_of
     if job.pool == "toy":
         if not (where / "toy/images").exists():

@@ -86,7 +86,8 @@ def test_an_array_of_ones_own(tmp_path, monkeypatch, capsys):
     f, _ = mixture()
     np.save(tmp_path / "mine.npy", f)
     for name in ("a", "b"):
-        run(monkeypatch, "--features", tmp_path / "mine.npy", "--out", tmp_path / name, "--epochs", 3)
+        run(monkeypatch, "--features", tmp_path / "mine.npy", "--out", tmp_path / name,
+            "--epochs", 3)
     clusters, C = (np.load(tmp_path / "a" / f"{name}.npy") for name in ("clusters", "centroids"))
     assert clusters.dtype == np.int64 and clusters.shape == (600,) and C.shape == (16, 16)
     assert np.array_equal(clusters, np.load(tmp_path / "b" / "clusters.npy"))

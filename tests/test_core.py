@@ -139,7 +139,8 @@ def test_statistics_of_a_prefix_are_those_of_its_images():
 def plain_cosine(p, z):
     """-cos, a row at a time, in float64 and without torch's function."""
     p, z = [view.detach() for view in (p, z)]
-    return -sum(float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(p, z)) / len(p)
+    cosines = [float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(p, z)]
+    return -sum(cosines) / len(p)
 
 
 def test_simsiams_loss_is_the_papers():
@@ -232,7 +233,7 @@ def test_the_teacher_is_normalised_by_the_clusters_own_batch():
 def test_subnets_losses_leave_the_largest_networks_heads_and_statistics_alone():
     model = sdr().float()
     before = copy.deepcopy(model.net.resnet.state_dict())
-    subs = [((1, 0, 1, 1), torch.randn(2, 8, 3, 32, 32)), ((0, 1, 0, 0), torch.randn(2, 8, 3, 32, 32))]
+    subs = [(path, torch.randn(2, 8, 3, 32, 32)) for path in ((1, 0, 1, 1), (0, 1, 0, 0))]
     parts = [model.subnet_loss(*sub) for sub in subs]
     sum(loss + kd for loss, kd, _ in parts).backward()
     for head in (model.projector, model.predictor):
@@ -250,7 +251,8 @@ def test_heads_start_as_copies_when_subnets_enter():
         nn.init.normal_(parameter)
     model.enter_subnets()
     for ours, theirs in ((model.sub_projector, model.projector),
-                         (model.sub_predictor, model.predictor), (model.distiller, model.predictor)):
+                         (model.sub_predictor, model.predictor),
+                         (model.distiller, model.predictor)):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
 
 
@@ -351,7 +353,8 @@ def test_a_crop_is_bilinear_interpolation():
             a, b = int(row), int(column)
             part = image[:, a:a + 2, b:b + 2].float() / 255
             part = F.pad(part, (0, 2 - part.shape[2], 0, 2 - part.shape[1]))
-            down, right = torch.tensor([1 - row + a, row - a]), torch.tensor([1 - column + b, column - b])
+            down = torch.tensor([1 - row + a, row - a])
+            right = torch.tensor([1 - column + b, column - b])
             wanted = (part * (down[:, None] * right)).sum((1, 2))
             assert torch.allclose(got[:, y, x], wanted, atol=1e-5)
 
@@ -385,7 +388,8 @@ def test_views_are_a_function_of_seed_step_and_position():
     assert torch.equal(a, b[:8]) and not torch.equal(a, pretrain.uniform_numbers(3, 18, 8))
     assert len(np.unique(b.numpy())) > 0.99 * b.numel()
     x = torch.rand(12, 3, 16, 16)
-    alone = torch.cat([pretrain.make_views(x[i:i + 1].clone(), b[i:i + 1, 0], 0.5) for i in range(12)])
+    alone = torch.cat([pretrain.make_views(x[i:i + 1].clone(), b[i:i + 1, 0], 0.5)
+                       for i in range(12)])
     assert torch.allclose(pretrain.make_views(x.clone(), b[:, 0], 0.5), alone, atol=1e-5)
 
 
@@ -411,7 +415,8 @@ def test_a_phase_draws_its_subnets_and_their_images(literal):
     for phase in (1, 2, 3, 4):
         seen = {}
         for step in range(120):
-            for path, images in pretrain.cluster_batches(step, 1, clusters, 2, phase, 2, 7, literal):
+            for path, images in pretrain.cluster_batches(step, 1, clusters, 2, phase, 2, 7,
+                                                         literal):
                 assert len(images) == 7
                 seen[path] = seen.get(path, 0) + 1
                 digits = [sdrnet.index_to_path(c, 2) for c in clusters[images]]

@@ -1,4 +1,4 @@
-"""Folders, files and weights as people have them: what is read, what is left out, what ends a run."""
+"""Folders, files, weights as people have them: what is read, what is left out, what ends a run."""
 import io
 import os
 import signal
@@ -116,7 +116,8 @@ def test_names_of_any_encoding_go_through_the_pipeline(tmp_path):
 
 
 def test_clusters_of_other_images_are_refused_by_line(tmp_path):
-    data, out = write_images(tmp_path / "data", [f"{i:02d}.png" for i in range(16)]), tmp_path / "out"
+    data = write_images(tmp_path / "data", [f"{i:02d}.png" for i in range(16)])
+    out = tmp_path / "out"
     options = ["--data", data, "--out", out, *TINY]
     assert run(pretrain, *options)[0] == 0
     np.save(out / "clusters.npy", np.arange(16))
@@ -206,8 +207,9 @@ def test_nothing_is_chosen_among_equals():
     assert route.choose(np.array([1.0, 3.0, 3.0])) == 1
 
 
-TASKS = {"no train": ("no folder", ["test/a/1.png"]), "class": ("which train/ lacks", [
-    "train/a/1.png", "test/b/1.png"]), "flat": ("outside class folders", ["train/1.png", "test/1.png"])}
+TASKS = {"no train": ("no folder", ["test/a/1.png"]),
+         "class": ("which train/ lacks", ["train/a/1.png", "test/b/1.png"]),
+         "flat": ("outside class folders", ["train/1.png", "test/1.png"])}
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -275,10 +277,11 @@ def test_weights_from_elsewhere_are_found(tmp_path, form):
 def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path):
     net = sdrnet.resnet("resnet18", (8, 16, 32, 64), 8)
     before, wrong = net.conv1.weight.clone(), dict(net.state_dict())
-    cases = {"lacks layer4.1.bn2.bias": {k: v for k, v in wrong.items() if k != "layer4.1.bn2.bias"},
+    short = {key: value for key, value in wrong.items() if key != "layer4.1.bn2.bias"}
+    cases = {"lacks layer4.1.bn2.bias": short, "holds no ResNet": torch.zeros(3),
              "layer1.0.conv1.weight is (5, 8, 3, 3)": {
                  **wrong, "layer1.0.conv1.weight": torch.zeros(5, 8, 3, 3)},
-             "no key ends in conv1.weight": {"a": torch.zeros(1)}, "holds no ResNet": torch.zeros(3)}
+             "no key ends in conv1.weight": {"a": torch.zeros(1)}}
     for said, content in cases.items():
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(sdrnet.InputError) as error:
@@ -289,10 +292,11 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path):
 # ------------------------------------------------------------------------------------ wrong input
 
 PRETRAIN = {"--data": ("nowhere", "no folder nowhere"), "--subset": ("nowhere.npy", "is not there"),
-            "--clusters": ("nowhere.npy", "is not there"), "--init": ("nowhere.pt", "no file nowhere.pt"),
+            "--clusters": ("nowhere.npy", "is not there"),
+            "--init": ("nowhere.pt", "no file nowhere.pt"), "--arch": ("vit", "vit"),
             "--lr": ("nan", "nan is not a number"), "--epochs": ("0", "0 is not a number"),
             "--batch-size": ("1", "1 is not a number"), "--weight-decay": ("inf", "inf is not"),
-            "--phases": ("1,1", "five shares"), "--kd-weight": ("-1", "-1"), "--arch": ("vit", "vit"),
+            "--phases": ("1,1", "five shares"), "--kd-weight": ("-1", "-1"),
             "--shared": ("2", "2 is not a number"), "--image-size": ("0", "0 is not"),
             "--seed": ("x", "invalid int value"), "--unknown": ("1", "--unknown"),
             "--monitor-task": ("nowhere", "no folder nowhere")}
@@ -317,8 +321,8 @@ def test_accuracy_is_monitored_ten_times(tmp_path):
     data = write_images(tmp_path / "data", [f"{i}.png" for i in range(40)])
     task = write_images(tmp_path / "task", [f"{part}/{c}/{i}.png" for part in ("train", "test")
                                             for c in "ab" for i in range(4)])
-    status, printed, _ = run(pretrain, "--data", data, "--out", tmp_path / "out", *TINY, "--epochs", 4,
-                             "--monitor-task", task)
+    status, printed, _ = run(pretrain, "--data", data, "--out", tmp_path / "out", *TINY,
+                             "--epochs", 4, "--monitor-task", task)
     assert status == 0 and printed.count("task task  knn ") == 10
 
 
@@ -335,9 +339,10 @@ def test_checkpoints_that_are_none_are_refused_by_name(tmp_path):
     net = sdrnet.SDRNet("resnet18", 8, 1)
     good = {"kind": "simsiam", "config": net.config, "backbone": net.resnet.state_dict(),
             "statistics": {}, "image_size": 16}
-    cases = {"damaged": b"no zip", "names no kind": {"a": 1}, "another kind": {**good, "kind": "pie"},
-             "config": {**good, "config": {**net.config, "width": 16}}, "lacks": dict(
-                 good, backbone={}), "config too": {**good, "config": {"depth": 3}}}
+    cases = {"damaged": b"no zip", "names no kind": {"a": 1},
+             "another kind": {**good, "kind": "pie"}, "lacks": {**good, "backbone": {}},
+             "config": {**good, "config": {**net.config, "width": 16}},
+             "config too": {**good, "config": {"depth": 3}}}
     for name, content in cases.items():
         path = tmp_path / f"{name}.pt"
         if isinstance(content, bytes):

@@ -3,6 +3,7 @@ import ast
 import json
 import math
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -93,7 +94,8 @@ def test_knn_lifts(k):
     tensors = torch.from_numpy(train), torch.from_numpy(labels)
     assert np.allclose(knn(*tensors, torch.from_numpy(test), k=k),
                        plain_knn(train, labels, test, k, False), atol=1e-5)
-    assert np.allclose(knn(*tensors, k=k, chunk=7), plain_knn(train, labels, train, k, True), atol=1e-5)
+    assert np.allclose(knn(*tensors, k=k, chunk=7), plain_knn(train, labels, train, k, True),
+                       atol=1e-5)
     several = F.one_hot(torch.from_numpy(labels))
     assert torch.allclose(knn(tensors[0], several, k=k), knn(*tensors, k=k))
 
@@ -137,11 +139,15 @@ def test_imports_point_one_way(script):
     assert imported & set(SCRIPTS) == ARROWS[script]
 
 
+def test_lines_fit_the_page():
+    for path in [*pathlib.Path(ROOT).glob("*.py"), *pathlib.Path(ROOT).glob("tests/*.py")]:
+        assert max(map(len, path.read_text().splitlines())) <= 100, path
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_can_be_read(script):
     text = source(script)
     tree = ast.parse(text)
-    assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) <= MOST_LINES[script]
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name) and node.value.id == "sdrnet"} | {"InputError"}

@@ -90,7 +90,8 @@ def start(images, tmp_path_factory):
 def sdr(images, start, out, *more):
     """The arguments of an SDR run of 24 steps, of which the first 3 are phase 0."""
     return ["pretrain.py", "--data", images / "images", "--out", out, *SMALL, "--epochs", 2,
-            "--sub-batch", 8, "--clusters", start / "clusters.npy", "--init", start / "simsiam.pt", *more]
+            "--sub-batch", 8, "--clusters", start / "clusters.npy", "--init", start / "simsiam.pt",
+            *more]
 
 
 @pytest.mark.slow
@@ -167,7 +168,8 @@ def test_features_of_processes_are_those_of_one(images, start, tmp_path):
     assert np.allclose(np.load(tmp_path / "f.npy"), np.load(start / "features.npy"), atol=1e-4)
     processes(2, "pretrain.py", "--data", images / "images", "--out", tmp_path, *SMALL,
               "--epochs", 0.25)
-    net, names = sdrnet.load_network(tmp_path / "simsiam.pt"), sdrnet.load_names(tmp_path / "images.txt")
+    net = sdrnet.load_network(tmp_path / "simsiam.pt")
+    names = sdrnet.load_names(tmp_path / "images.txt")
     crop = functools.partial(sdrnet.center_crop, size=16)
     alone = sdrnet.embed(net, sdrnet.Images(images / "images", names, crop), torch.device("cpu"))
     assert np.allclose(np.load(tmp_path / "features.npy"), alone, atol=1e-4)
@@ -179,8 +181,8 @@ def test_features_of_processes_are_those_of_one(images, start, tmp_path):
     ("--distill", "none", "--phases", "0,0,0,0,1", "--shared", "0.75", "--subnets", "3")])
 def test_other_forms_of_the_method_train(images, start, tmp_path, options):
     if "byol" in options:
-        script("pretrain.py", "--data", images / "images", "--out", tmp_path, *SMALL, "--epochs", 0.5,
-               "--objective", "byol")
+        script("pretrain.py", "--data", images / "images", "--out", tmp_path, *SMALL,
+               "--epochs", 0.5, "--objective", "byol")
         options += ("--init", tmp_path / "byol.pt")
     script(*sdr(images, start, tmp_path, *options))
     last = json.loads(open(tmp_path / "sdrnet.log.jsonl").read().splitlines()[-1])

@@ -74,6 +74,6 @@ def test_tables_say_what_the_lines_hold(tmp_path):
 
 
 def test_an_unknown_row_is_one_line(tmp_path):
-    run = subprocess.run([sys.executable, f"{ROOT}/tests/reproduce.py", "--only", "nonsense", "--work",
-                          str(tmp_path)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, f"{ROOT}/tests/reproduce.py", "--only", "nonsense",
+                          "--work", str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "nonsense" in run.stderr

@@ -29,7 +29,8 @@ def write_task(folder, classes=3, train=6, test=4, side=24):
             for i in range(count):
                 pixels = rng.integers(0, 60, (side, side, 3))
                 pixels[:, :, c % 3] += 150
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"class{c}" / f"{i}.png")
+                path = folder / part / f"class{c}" / f"{i}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
     return folder
 
 
@@ -38,8 +39,9 @@ def write_network(path, groups=2):
     net = sdrnet.SDRNet("resnet18", 8, groups)
     sdrnet.recalibrate_bn(net, lambda prefix: [torch.randn(32, 3, 24, 24)])
     sdrnet.save_checkpoint(path, {
-        "kind": "sdrnet", "config": net.config, "image_size": 24, "backbone": net.resnet.state_dict(),
-        "statistics": net.prefix_statistics(), "heads": {}, "origin": {}})
+        "kind": "sdrnet", "config": net.config, "image_size": 24,
+        "backbone": net.resnet.state_dict(), "statistics": net.prefix_statistics(),
+        "heads": {}, "origin": {}})
     return net
 
 
@@ -49,7 +51,8 @@ def test_accuracies_are_what_their_names_say():
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     shares = torch.eye(3)[[0, 0, 1, 1, 0, 2]]
     assert route.measure(shares, labels, "top-1") == pytest.approx(100 * 4 / 6)
-    assert route.measure(shares, labels, "mean-per-class") == pytest.approx(100 * (2 / 3 + 1 + 1 / 2) / 3)
+    wanted = 100 * (2 / 3 + 1 + 1 / 2) / 3
+    assert route.measure(shares, labels, "mean-per-class") == pytest.approx(wanted)
 
 
 def test_mean_average_precision_is_voc2007s():
@@ -91,7 +94,8 @@ def test_all_paths_score_as_one_by_one(tmp_path):
     for index in (0, 7, 11, 15):
         plain = net.extract(sdrnet.index_to_path(index, 2))
         train, test = route.task_features(plain, task, device)
-        assert (scores[index], tests[index]) == pytest.approx(route.knn_accuracy(train, test, task, 5))
+        wanted = route.knn_accuracy(train, test, task, 5)
+        assert (scores[index], tests[index]) == pytest.approx(wanted)
 
 
 def test_training_images_are_limited_class_by_class():
@@ -109,7 +113,8 @@ def test_training_images_are_limited_class_by_class():
 
 def test_voc_labels_leave_out_what_is_difficult_only(tmp_path):
     things = [("dog", 1), ("dog", 0), ("cat", 0), ("cat", 1), ("car", 1), ("car", 1)]
-    text = "".join(f"<object><name>{n}</name><difficult>{d}</difficult></object>" for n, d in things)
+    text = "".join(f"<object><name>{name}</name><difficult>{hard}</difficult></object>"
+                   for name, hard in things)
     (tmp_path / "a.xml").write_text(f"<annotation>{text}</annotation>")
     labels = route.voc_labels(tmp_path / "a.xml")
     assert dict(zip(route.VOC_CLASSES, labels.tolist())) == {
@@ -165,4 +170,5 @@ def test_a_network_without_subnets_is_scored(tmp_path, monkeypatch, capsys):
         "backbone": net.resnet.state_dict(), "heads": {}, "origin": {}})
     run(monkeypatch, route, "--network", tmp_path / "simsiam.pt", "--out", tmp_path, "--task", task,
         "--workers", 0)
-    assert "colours" in capsys.readouterr().out and not (tmp_path / "colours" / "subnet.pt").exists()
+    assert "colours" in capsys.readouterr().out
+    assert not (tmp_path / "colours" / "subnet.pt").exists()
