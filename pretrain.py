@@ -17,7 +17,8 @@ p = predictor(z), and sg(z) through which no gradient flows:
 
 Without --clusters the first term alone: SimSiam. With it each step draws B images uniformly for
 W_0, and m clusters in proportion to their sizes, B images of each for its sub-net. Training is
-progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split.
+progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. Options
+that are not given are then as the SimSiam run had them, whose simsiam.pt it goes on from.
 
 In:   --data      a folder; default: toy images, which tests/toy.py draws into runs/toy/images
       --clusters  clusters.npy, int64 (N,), from cluster.py
@@ -487,7 +488,8 @@ def train(model, args, names, clusters, groups, device, path, arguments):
     if sdrnet.world_size() > 1:                        # phase 0 leaves the heads of sub-nets alone
         ddp = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
     enter = round(args.phases[0] / sum(args.phases) * steps)           # where phase 0 ends
-    began = shown = saved = time.time()
+    shown = saved = time.time()
+    shown_step = first                                 # the rate is that since the last line
     sdrnet.catch_signals()
     for step, x, subs in batches:
         phase = 0 if clusters is None else phase_of(step, steps, args.phases)
@@ -502,11 +504,12 @@ def train(model, args, names, clusters, groups, device, path, arguments):
                              f"is one, is {path}: go on with a lower --lr, or --amp off")
         done, now = step + 1, time.time()
         epoch_ends = done % per_epoch == 0 or done == steps
-        stop, show, save = sdrnet.on_any(bool(sdrnet.CAUGHT), epoch_ends or now - shown > 60,
+        line_due = epoch_ends or now - shown > 60 or done == first + 10
+        stop, show, save = sdrnet.on_any(bool(sdrnet.CAUGHT), line_due,
                                          epoch_ends or now - saved > 600)
         if show:
-            shown = now
-            speed = (done - first) / (now - began)
+            speed = (done - shown_step) / (now - shown)
+            shown, shown_step = now, done
             left = (steps - done) / speed / 60
             epoch = done * args.batch_size / len(names)
             log_line(path, {"step": done, "phase": phase, "epoch": epoch, "lr": rate, **values,
@@ -598,7 +601,7 @@ def write_features(net, images, args, device):
 
 # ------------------------------------------------------------------------------------ command
 
-RECIPES = {                                            # where no option says otherwise
+RECIPES = {                                            # where neither option nor --init says
     "toy": dict(arch="resnet18", width=16, small_stem=False, image_size=32, head=512, layers=2,
                 epochs=20, batch_size=64, lr=0.24, weight_decay=5e-4, blur=0.0),
     "small": dict(arch="resnet18", width=64, small_stem=True, head=2048, layers=2,
@@ -664,7 +667,7 @@ def build_parser():
     group.add_argument("--init", help="start from these weights: ours, or any ResNet's; none: at "
                        "random, as in the paper; default with --clusters: <out>/simsiam.pt")
     group.add_argument("--epochs", type=number(float, 1e-6),
-                       help="of W_0; SimSiam: 100, with --clusters half of that; paper: not given")
+                       help="of W_0; SimSiam: 100, SDR half of --init's; paper: not given")
     group.add_argument("--batch-size", type=number(int, 2), help="B; SimSiam: 512")
     group.add_argument("--lr", type=number(float, 1e-12), help="times B / 256; SimSiam: 0.05")
     group.add_argument("--weight-decay", type=number(float, 0), help="SimSiam: 1e-4")
@@ -682,17 +685,29 @@ def build_parser():
     return parser
 
 
+def earlier_values(path):
+    """What RECIPES hold, as the run that wrote the checkpoint `path` had it; {} of other files."""
+    content = sdrnet.read_torch_file(path)
+    origin = content.get("origin", {}) if isinstance(content, dict) else {}
+    arguments = origin.get("arguments", {})
+    return {key: arguments[key] for key in RECIPES["large"] if key in arguments}
+
+
 def fill_defaults(args, names, recipe):
-    """Gives options that were not given the recipe's values, and checks what must fit together."""
-    if recipe is None:
+    """Gives options that were not given the values of --init's run, where SDR goes on from one of
+    ours, or else of a recipe; and checks what must fit together."""
+    values = earlier_values(args.init) if args.clusters and args.init != "none" else {}
+    if values:
+        recipe = f"of {args.init}"
+    elif recipe is None:
         some = names[::max(1, len(names) // 50)]       # their median decides, not one stray image
         sides = sdrnet.Images(args.data, some, transform=lambda image: min(image.shape[1:]))
         side = int(np.median(next(sdrnet.load_batches(sides, [range(len(some))]))))
         recipe = "small" if side <= 64 else "large"
-    values = dict(RECIPES[recipe])
+    values = values or dict(RECIPES[recipe])
     if recipe == "small":
         values["image_size"] = max(8, side)
-    if args.clusters:                                  # SDR goes on from SimSiam
+    if args.clusters:
         values["epochs"] /= 2
     for key, value in values.items():
         if getattr(args, key, None) is None:
@@ -811,6 +826,8 @@ def run(args):
         clusters, groups = load_clusters(args.clusters, names)
         args.init = args.init or os.path.join(args.out, f"{args.objective}.pt")
     fill_defaults(args, names, recipe)
+    if device.type == "cpu" and args.image_size > 64:
+        sdrnet.print0("on a CPU that takes days: the README has the options of a small network")
     if args.clusters and sdrnet.split(args.width, groups, args.shared)[1] == 0:
         raise InputError(f"{args.clusters} needs {groups} groups a stage, and --width {args.width} "
                          f"with --shared {args.shared:g} has no channel for each")

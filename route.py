@@ -30,6 +30,7 @@ Deviations from the paper: it does not say on which images the kNN scores are ta
 import argparse
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -67,7 +68,7 @@ class Task(NamedTuple):
 def open_task(name, size, root=None, download=False):
     """A task by name or folder, its images cropped to `size`. Raises InputError."""
     crop = functools.partial(sdrnet.center_crop, size=size)
-    if name in NAMED:
+    if name in NAMED and (root or not os.path.isdir(name)):
         return named_task(name, crop, root, download)
     classes, parts = None, []
     for part in ("train", "test"):
@@ -426,21 +427,26 @@ def print_ranking(result, scores, tests, groups):
         print(f"  {index:8d}  {path:>12}  {scores[index]:13.2f}  {tests[index]:5.2f}")
     for name in ("largest", "mean"):
         print(f"  {name:>22}  {result[name]['score']:13.2f}  {result[name]['test']:5.2f}")
+    if result["largest"]["score"] > scores.max():
+        print("  the largest network scores higher than any sub-net: no sub-net suits this task")
 
 
 def print_summary(results):
-    """One table of all tasks: percent on test images, kNN and where there is one the probe."""
+    """One table of all tasks: percent on test images, kNN and where there is one the probe. noise:
+    sqrt(p (1 - p) / n), the standard deviation of an accuracy p on n images."""
     for key in ("test", "probe"):
         if key not in results[0]["largest"]:
             continue
         print(f"\n{'kNN' if key == 'test' else 'linear probe'} on the test images, %\n"
-              f"  {'task':<16} {'metric':<15} {'routed':>7} {'largest':>8} {'gain':>6}")
+              f"  {'task':<16} {'metric':<15} {'routed':>7} {'largest':>8} {'gain':>6} "
+              f"{'noise':>6}")
         rows = []
         for result in results:
             pair = [result.get("chosen", result["largest"])[key], result["largest"][key]]
             rows.append(pair)
+            noise = math.sqrt(pair[1] * (100 - pair[1]) / result["test_images"])
             print(f"  {result['task']:<16} {result['metric']:<15} {pair[0]:7.2f} {pair[1]:8.2f} "
-                  f"{pair[0] - pair[1]:+6.2f}")
+                  f"{pair[0] - pair[1]:+6.2f} {noise:6.2f}")
         routed, largest = np.mean(rows, axis=0)
         print(f"  {'average':<32} {routed:7.2f} {largest:8.2f} {routed - largest:+6.2f}")
 
@@ -489,11 +495,10 @@ def cluster_images(args, index, count):
 
 
 def save_plot(path, draw):
-    """Has draw(axes) fill a plot and writes it; without matplotlib one line says so."""
+    """Has draw(axes) fill a plot and writes it, where matplotlib is; `run` says if it is not."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"no {path}: pip install matplotlib")
         return
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     draw(figure.subplots())
@@ -576,6 +581,8 @@ def run(args):
         print_summary(results)
         if "chosen" in results[0]:
             save_plot(os.path.join(args.out, "gains.png"), functools.partial(draw_gains, results))
+            if importlib.util.find_spec("matplotlib") is None:
+                print("no histogram.png, no gains.png: pip install matplotlib")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -51,6 +51,7 @@ features.txt, the name of each row:
 Not known from the paper, so chosen here: the widths of the groups, the stem, BatchNorm.
 """
 import argparse
+import ctypes
 import functools
 import itertools
 import json
@@ -153,6 +154,8 @@ def catch_signals(catch=True):
     ends. catch False, where nothing is to be saved: they end the process at once. A SIGHUP that
     nohup has switched off stays so."""
     def note(number, frame):
+        if rank() == 0 and not CAUGHT:
+            os.write(2, b"stopping when this step is done\n")          # print might be under way
         CAUGHT.append(number)
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -647,7 +650,7 @@ def read_torch_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                         # a broken zip or pickle fails in many ways
-        raise InputError(f"{path} is damaged or no checkpoint ({first_line(error)})") from None
+        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
 def load_checkpoint(path, *kinds):
@@ -842,6 +845,8 @@ def start_worker(_):
     """Loader workers leave signals to their parent, which ends them when it is done, and send
     tensors by name: an open file for each would be too many for the usual limit of 1,024."""
     torch.multiprocessing.set_sharing_strategy("file_system")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)     # PR_SET_PDEATHSIG: end with the parent
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -116,7 +116,8 @@ def test_the_picture_shows_the_nearest_images(tmp_path, monkeypatch):
     for row, i in enumerate(np.unique(clusters)):
         members = np.flatnonzero(clusters == i)
         best = members[S[members, i].argmax()]
-        assert sheet[row * 66 + 30, 30].tolist() == [best, 255 - best, 7]
+        assert sheet[row * 66 + 30, 66 + 30].tolist() == [best, 255 - best, 7]
+        assert sheet[row * 66:row * 66 + 64, :66].min() < 128          # its index and size
 
 
 def test_read_only_and_memory_mapped_arrays_give_no_warning(tmp_path):

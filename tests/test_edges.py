@@ -104,7 +104,7 @@ def test_the_contact_sheet_shows_what_training_sees(tmp_path):
     for name in (*shown, "ink.png", "broken.png"):
         cluster.contact_sheet(torch.ones(1, 1), np.zeros(1, int), [name], tmp_path,
                               tmp_path / "sheet.png")
-        sheets[name] = np.array(Image.open(tmp_path / "sheet.png"))[:64, :64].astype(int)
+        sheets[name] = np.array(Image.open(tmp_path / "sheet.png"))[:64, 66:130].astype(int)
     for name in shown:
         assert np.abs(sheets[name] - sheets["8.png"]).max() <= 2, name
     assert (sheets["ink.png"] == 255).all() and (sheets["broken.png"] == 255).all()
@@ -164,6 +164,12 @@ def test_rows_that_are_alike_are_one_line(tmp_path, features):
     np.save(tmp_path / "f.npy", features)
     refused(cluster, "nothing to cluster", "--features", tmp_path / "f.npy", "--out",
             tmp_path / "out", "--k", 2)
+
+
+def test_a_mistyped_folder_leaves_the_clusters_alone(tmp_path):
+    np.save(tmp_path / "features.npy", np.random.default_rng(0).normal(size=(64, 8)))
+    refused(cluster, "no folder nowhere", "--out", tmp_path, "--data", "nowhere", "--k", 2)
+    assert not (tmp_path / "clusters.npy").exists()
 
 
 def test_arrays_in_any_layout_give_the_same_centroids():

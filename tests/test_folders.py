@@ -133,6 +133,26 @@ def test_clusters_of_other_images_are_refused_by_line(tmp_path):
     assert status == 0 and "15 of 2^4 clusters hold no image" in printed
 
 
+def test_sdr_goes_on_as_simsiam_was_trained(tmp_path):
+    data = write_images(tmp_path / "data", [f"{i:02d}.png" for i in range(16)])
+    more = ["--data", data, "--out", tmp_path, "--workers", 0, "--amp", "off"]
+    assert run(pretrain, *more, *TINY[:-4], "--blur", 0.25, "--lr", 0.125)[0] == 0
+    np.save(tmp_path / "clusters.npy", np.arange(16))
+    assert run(pretrain, *more, "--clusters", tmp_path / "clusters.npy", "--lr", 0.25)[0] == 0
+    got = torch.load(tmp_path / "sdrnet.pt")["origin"]["arguments"]
+    wanted = {"width": 8, "head": 32, "batch_size": 8, "image_size": 16, "epochs": 0.5,
+              "small_stem": False, "blur": 0.25, "lr": 0.25}
+    assert wanted.items() <= got.items()
+
+
+def test_a_folder_comes_before_a_name(tmp_path, monkeypatch):
+    write_images(tmp_path, [f"pets/{part}/{c}/1.png" for part in ("train", "test") for c in "ab"])
+    monkeypatch.chdir(tmp_path)
+    assert len(route.open_task("pets", 16).train) == 2
+    with pytest.raises(sdrnet.InputError, match="cannot be read"):
+        route.open_task("pets", 16, root=tmp_path)
+
+
 # ------------------------------------------------------------------------------------ pixels
 
 def test_pixels_have_the_right_range(tmp_path):
