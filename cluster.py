@@ -13,7 +13,7 @@ so U_ij = exp(u_i + v_j + S_ij / eps), found by Sinkhorn-Knopp. C is learned by 
 cross-entropy between U and softmax(S / T). The two alternate, an epoch each; at last each image
 goes to the cluster of its highest score S. Here f is centred, and f and c are of unit length.
 
-In:   <out>/features.npy, float (N, D), or --features; for the picture --data and <out>/images.txt
+In:   <out>/features.npy, float (N, D), or --features; beside it images.txt, and --data for the picture
 Out:  <out>/clusters.npy    int64 (N,): the cluster of each image; cluster i trains sub-net i
       <out>/centroids.npy   float32 (k, D): of centred features of unit length
       <out>/clusters.json   sizes, objective, protocol, and the mean that centres other features
@@ -258,7 +258,7 @@ def run(args):
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {args.out} cannot be made ({error.strerror})") from None
-    listing, names = os.path.join(args.out, "images.txt"), []
+    listing, names = os.path.join(os.path.dirname(path), "images.txt"), []
     if os.path.exists(listing):
         names = read_listing(listing, len(f))
     groups, order = round(args.k ** 0.25), args.order

@@ -104,7 +104,7 @@ enter all at once, from scratch? Watch sub_std; try
 `python pretrain.py --init none --phases 0,0,0,0,1 --clusters runs/toy/clusters.npy --out runs/c`.
 
 **Why does std not fall to 0?** The projector ends in a BatchNorm: a batch's mean is 0. One
-image against all others has 2 / sqrt(B) = {least:.2f}; the least is {ill[:, 1].min():.2f}."""
+image against all others has 2 / sqrt(B) = {least:.2f}; here it came to {ill[:, 1].min():.2f}."""
 
 
 def posterior(run, count=200):
@@ -182,7 +182,9 @@ def features(run):
     return axes.figure, f"""
 {len(f):,} test images of {len(tasks)} tasks, a quarter of them shown. kNN, in all {len(f[0])}
 dimensions, finds the class within a task, and the world among all. SimSiam is `L_ssl(D_0; W_0)`;
-SDR, which trains on from it, adds the mean over sub-nets of `L_ssl(D_i; W_i) + lambda KD_i`. Try
+SDR, which trains on from it for half as many epochs, adds the mean over sub-nets of
+`L_ssl(D_i; W_i) + lambda KD_i`. A network of more epochs is better anyway: compare it with
+`python pretrain.py --out runs/more --init runs/toy/simsiam.pt --epochs 10`. Try
 `python sdrnet.py runs/toy/sdrnet.pt runs/toy/tasks/signs/test signs.npy --path 0,1,1,0`.
 
 **What share of W_0's weights does a sub-net use?** {part / whole:.0%}: {part:,} of {whole:,}."""
@@ -209,7 +211,8 @@ def scores(run):
     return axes.figure, f"""
 A task goes to the sub-net of the best leave-one-out score, `i = argmax_i kNN(W_i)`; test images
 never choose. On those it gains {over_mean:+.1f} points over the sub-nets' mean and
-{over_largest:+.1f} over W_0, on average of {len(gains)} tasks. Try
+{over_largest:+.1f} over W_0, on average of {len(gains)} tasks. Where score and accuracy hardly correlate,
+as where clusters do not matter to a task, the choice is a matter of luck. Try
 `python route.py --out runs/five --network runs/toy/sdrnet.pt --k 5`.
 
 **How many of {len(x)} sub-nets beat W_0 on the test images?** {", ".join(better)}."""
@@ -220,7 +223,12 @@ def main():
     parser.add_argument("--run", type=Path, default="runs/toy", help="a finished run: runs/toy")
     parser.add_argument("--out", type=Path, default="tests/results", help="tests/results")
     args = parser.parse_args()
-    page = f"# The method in six figures\n\nBy `python {' '.join(sys.argv)}`.\n"
+    page = f"""# The method in six figures
+
+By `python {' '.join(sys.argv)}`, of toy images of four worlds. W_0 is the largest network, W_i sub-net i;
+f is a network's features, z = projector(f), p = h(z) what the predictor h makes of it; through sg(z) no
+gradient flows; q is the predictor from a sub-net's z to W_0's. B images are a batch.
+"""
     for name in ("images.txt", "features.npy", "simsiam.pt", "clusters.npy", "centroids.npy",
                  "sdrnet.pt", *(f"{world}/result.json" for world in STYLES)):
         if not (args.run / name).exists():
