@@ -13,7 +13,7 @@ so U_ij = exp(u_i + v_j + S_ij / eps), found by Sinkhorn-Knopp. C is learned by 
 cross-entropy between U and softmax(S / T). The two alternate, an epoch each; at last each image
 goes to the cluster of its highest score S. Here f is centred, and f and c are of unit length.
 
-In:   <out>/features.npy, float (N, D), or --features; beside it images.txt, and --data for the picture
+In:   <out>/features.npy, float (N, D), or --features; for the picture images.txt beside it, --data
 Out:  <out>/clusters.npy    int64 (N,): the cluster of each image; cluster i trains sub-net i
       <out>/centroids.npy   float32 (k, D): of centred features of unit length
       <out>/clusters.json   sizes, objective, protocol, and the mean that centres other features

@@ -211,8 +211,8 @@ def scores(run):
     return axes.figure, f"""
 A task goes to the sub-net of the best leave-one-out score, `i = argmax_i kNN(W_i)`; test images
 never choose. On those it gains {over_mean:+.1f} points over the sub-nets' mean and
-{over_largest:+.1f} over W_0, on average of {len(gains)} tasks. Where score and accuracy hardly correlate,
-as where clusters do not matter to a task, the choice is a matter of luck. Try
+{over_largest:+.1f} over W_0, on average of {len(gains)} tasks. Where score and accuracy hardly
+correlate, as where clusters do not matter to a task, the choice is a matter of luck. Try
 `python route.py --out runs/five --network runs/toy/sdrnet.pt --k 5`.
 
 **How many of {len(x)} sub-nets beat W_0 on the test images?** {", ".join(better)}."""
@@ -225,9 +225,10 @@ def main():
     args = parser.parse_args()
     page = f"""# The method in six figures
 
-By `python {' '.join(sys.argv)}`, of toy images of four worlds. W_0 is the largest network, W_i sub-net i;
-f is a network's features, z = projector(f), p = h(z) what the predictor h makes of it; through sg(z) no
-gradient flows; q is the predictor from a sub-net's z to W_0's. B images are a batch.
+By `python {' '.join(sys.argv)}`, of toy images of four worlds. W_0 is the largest network,
+W_i sub-net i; f is a network's features, z = projector(f), p = h(z) what the predictor h makes of
+it; through sg(z) no gradient flows; q is the predictor from a sub-net's z to W_0's. B images are a
+batch.
 """
     for name in ("images.txt", "features.npy", "simsiam.pt", "clusters.npy", "centroids.npy",
                  "sdrnet.pt", *(f"{world}/result.json" for world in STYLES)):
