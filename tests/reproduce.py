@@ -467,13 +467,16 @@ def claims(data):
 
 
 def bars(axes, data, against, rows):
-    """Points of rows over another row, on each task."""
+    """Points of rows over another row, on each task; hatched what saw the task's own kind alone."""
     shown = [row for row in rows if data.gains(row, against)]
-    tasks, width = list(POOLS[data.pool].kind_of), 0.8 / max(1, len(shown))
+    kind_of, width = POOLS[data.pool].kind_of, 0.8 / max(1, len(shown))
     for i, row in enumerate(shown):
-        gains = [np.mean(data.gains(row, against, task=task)) for task in tasks]
-        axes.bar(np.arange(len(tasks)) + (i + 0.5) * width - 0.4, gains, width, edgecolor="black",
-                 color=str(0.9 - 0.8 * i / len(shown)), label=rows_of(data.pool)[row].text)
+        gains = [np.mean(data.gains(row, against, task=task)) for task in kind_of]
+        hatch = ["///" * (row == f"only_{kind}") for kind in kind_of.values()]
+        colours = {"color": str(0.95 - 0.7 * i / len(shown)), "edgecolor": "black"}
+        axes.bar(np.arange(len(gains)) + (i + 0.5) * width - 0.4, gains, width, hatch=hatch,
+                 **colours)
+        axes.bar(0, 0, **colours, label=rows_of(data.pool)[row].text)  # a key without a hatch
     if shown:
         axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylabel(f"points of kNN accuracy over\n{ROWS[against].text}")
