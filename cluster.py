@@ -246,7 +246,7 @@ def run(args):
             raise InputError(f"--{name} {getattr(args, name)}: 1e-6 to 1e6 is needed")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: a number from 0 on is needed")
-    if args.data and not os.path.isdir(args.data):
+    if args.data is not None and not os.path.isdir(args.data):
         raise InputError(f"--data: no folder {args.data}")
     args.data = args.data or "runs/toy/images"
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text

@@ -688,14 +688,14 @@ def build_parser():
 def earlier_values(path):
     """What RECIPES hold, as the run that wrote the checkpoint `path` had it; {} of other files."""
     content = sdrnet.read_torch_file(path)
-    origin = content.get("origin", {}) if isinstance(content, dict) else {}
-    arguments = origin.get("arguments", {})
-    return {key: arguments[key] for key in RECIPES["large"] if key in arguments}
+    ours = isinstance(content, dict) and "kind" in content
+    arguments = content.get("origin", {}).get("arguments", {}) if ours else {}
+    complete = RECIPES["large"].keys() <= arguments.keys()
+    return {key: arguments[key] for key in RECIPES["large"]} if complete else {}
 
 
 def fill_defaults(args, names, recipe):
-    """Gives options that were not given the values of --init's run, where SDR goes on from one of
-    ours, or else of a recipe; and checks what must fit together."""
+    """Fills in what was not given, for SDR as --init's run had it, else by a recipe; checks it."""
     values = earlier_values(args.init) if args.clusters and args.init != "none" else {}
     if values:
         recipe = f"of {args.init}"
@@ -827,7 +827,7 @@ def run(args):
         args.init = args.init or os.path.join(args.out, f"{args.objective}.pt")
     fill_defaults(args, names, recipe)
     if device.type == "cpu" and args.image_size > 64:
-        sdrnet.print0("on a CPU that takes days: the README has the options of a small network")
+        sdrnet.print0("no GPU: should it take too long, the README has a small network's options")
     if args.clusters and sdrnet.split(args.width, groups, args.shared)[1] == 0:
         raise InputError(f"{args.clusters} needs {groups} groups a stage, and --width {args.width} "
                          f"with --shared {args.shared:g} has no channel for each")

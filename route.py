@@ -30,7 +30,6 @@ Deviations from the paper: it does not say on which images the kNN scores are ta
 import argparse
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -433,7 +432,7 @@ def print_ranking(result, scores, tests, groups):
 
 def print_summary(results):
     """One table of all tasks: percent on test images, kNN and where there is one the probe. noise:
-    sqrt(p (1 - p) / n), the standard deviation of an accuracy p on n images."""
+    sqrt(p (1 - p) / n), the std of an accuracy p on n images; for mAP a rough guide."""
     for key in ("test", "probe"):
         if key not in results[0]["largest"]:
             continue
@@ -495,14 +494,15 @@ def cluster_images(args, index, count):
 
 
 def save_plot(path, draw):
-    """Has draw(axes) fill a plot and writes it, where matplotlib is; `run` says if it is not."""
+    """Has draw(axes) fill a plot and writes it. Returns False where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return
+        return False
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     draw(figure.subplots())
     sdrnet.save_file(path, functools.partial(figure.savefig, format="png", dpi=120))
+    return True
 
 
 def draw_histogram(result, scores, axes):
@@ -580,8 +580,8 @@ def run(args):
     if sdrnet.rank() == 0:
         print_summary(results)
         if "chosen" in results[0]:
-            save_plot(os.path.join(args.out, "gains.png"), functools.partial(draw_gains, results))
-            if importlib.util.find_spec("matplotlib") is None:
+            path = os.path.join(args.out, "gains.png")
+            if not save_plot(path, functools.partial(draw_gains, results)):
                 print("no histogram.png, no gains.png: pip install matplotlib")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -195,7 +195,7 @@ def images_of(job):
 
 
 def save_clusters(job):
-    """clusters.npy of a row with other clusters than the base's; returns its path."""
+    """The path of a row's clusters.npy: the base's, or of it made over and saved."""
     path = job.where / job.name / "clusters.npy"
     clusters = np.load(job.where / "base/clusters.npy")
     if job.row.clusters == "random":

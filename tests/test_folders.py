@@ -143,6 +143,8 @@ def test_sdr_goes_on_as_simsiam_was_trained(tmp_path):
     wanted = {"width": 8, "head": 32, "batch_size": 8, "image_size": 16, "epochs": 0.5,
               "small_stem": False, "blur": 0.25, "lr": 0.25}
     assert wanted.items() <= got.items()
+    torch.save({"kind": "simsiam", "origin": {"arguments": {"width": 8}}}, tmp_path / "other.pt")
+    assert pretrain.earlier_values(tmp_path / "other.pt") == {}
 
 
 def test_a_folder_comes_before_a_name(tmp_path, monkeypatch):
