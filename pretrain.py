@@ -16,8 +16,8 @@ p = predictor(z), and sg(z) through which no gradient flows:
     L            = L_ssl(D_0; W_0) + mean over sampled i of [ L_ssl(D_i; W_i) + lambda KD_i ]
 
 Without --clusters the first term alone: SimSiam. With it each step draws B images uniformly for
-W_0, and m clusters in proportion to their sizes, B images of each for its sub-net. Training is
-progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. Options
+W_0, and m = 4 clusters in proportion to their sizes, B / 2 images of each for its sub-net. Training
+is progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. Options
 that are not given are then as the SimSiam run had them, whose simsiam.pt it goes on from.
 
 In:   --data      a folder; default: toy images, which tests/toy.py draws into runs/toy/images
@@ -603,7 +603,7 @@ def write_features(net, images, args, device):
 
 RECIPES = {                                            # where neither option nor --init says
     "toy": dict(arch="resnet18", width=16, small_stem=False, image_size=32, head=512, layers=2,
-                epochs=20, batch_size=64, lr=0.24, weight_decay=5e-4, blur=0.0),
+                epochs=20, batch_size=64, lr=0.96, weight_decay=5e-4, blur=0.0),
     "small": dict(arch="resnet18", width=64, small_stem=True, head=2048, layers=2,
                   epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, blur=0.0),
     "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, head=2048, layers=3,
@@ -646,10 +646,10 @@ def build_parser():
     group.add_argument("--clusters", help="clusters.npy of cluster.py; without it SimSiam alone")
     group.add_argument("--shared", type=number(float, 0, 1), default=0.5,
                        help="share of a stage's channels that all paths use: 0.5; paper: not given")
-    group.add_argument("--subnets", type=number(int, 1), default=2,
-                       help="m, sub-nets drawn a step: 2; paper: not given")
+    group.add_argument("--subnets", type=number(int, 1), default=4,
+                       help="m, sub-nets drawn a step: 4; paper: not given")
     group.add_argument("--sub-batch", type=number(int, 2),
-                       help="images of each sub-net: --batch-size; paper: not given")
+                       help="images of each sub-net: half of --batch-size; paper: not given")
     group.add_argument("--distill", choices=("siamkd", "l2", "none"), default="siamkd",
                        help="from W_0 to sub-nets; paper: siamkd")
     group.add_argument("--kd-weight", type=number(float, 0), default=1.0,
@@ -712,8 +712,8 @@ def fill_defaults(args, names, recipe):
     for key, value in values.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    args.sub_batch = args.sub_batch or args.batch_size
     world = sdrnet.world_size()
+    args.sub_batch = args.sub_batch or world * max(2, args.batch_size // world // 2)
     for option, value in (("--batch-size", args.batch_size), ("--sub-batch", args.sub_batch)):
         if value % world or value == world:
             raise InputError(f"{option} {value} does not divide among {world} processes, with two "

@@ -74,18 +74,18 @@ def make_step(net, subs=0, size=32, batch=64):
     optimizer = pretrain.make_optimizer(model, 5e-4)
     pretrain.set_lr(optimizer, 0.01, 0, 10)
     x = torch.randn(2, batch, 3, size, size)
-    paths = [(0, 1, 1, 0), (1, 1, 0, 1)][:subs]
-    parts = [(path, x) for path in paths]
+    paths = [(0, 1, 1, 0), (1, 1, 0, 1), (0, 0, 1, 1), (1, 0, 0, 0)][:subs]
+    parts = [(path, x[:, :batch // 2]) for path in paths]
     return lambda: pretrain.train_step(model, optimizer, x, parts, CPU, "auto")
 
 
 def step():
-    """An SDR step of two sub-nets / a SimSiam step of the same B."""
+    """An SDR step of four sub-nets, B / 2 images each / a SimSiam step of the same B."""
     for name, options in (("toy network", dict(width=16)),
                           ("ResNet-18, small stem", dict(width=64, small_stem=True))):
         batch = 64 if "toy" in name else 16
         nets = [sdrnet.SDRNet("resnet18", groups=2, **options) for _ in (0, 1)]
-        pair = make_step(nets[0], 2, batch=batch), make_step(nets[1], 0, batch=batch)
+        pair = make_step(nets[0], 4, batch=batch), make_step(nets[1], 0, batch=batch)
         report(f"step, {name}", *in_turn(*pair))
 
 

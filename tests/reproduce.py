@@ -13,7 +13,7 @@ are run. All rows of a seed go on from its row `base`, SimSiam from scratch, and
 Currencies. What SDR is compared with is SimSiam, continued from the same `base` for
     epochs  as many images of the largest network as SDR's
     images  as many images as SDR forwards with gradient, through any network
-    cost    as many images as take SDR's time; an SDR step costs 3.5 SimSiam steps (bench.py step)
+    cost    as many images as take SDR's time; an SDR step costs 4.7 SimSiam steps (bench.py step)
 
 Resumable: a row whose line stands in tests/results/claims.jsonl is not run again, an unfinished one
 goes on from its last state in --work. --try writes to tests/results/tried.jsonl: settings are
@@ -44,10 +44,10 @@ import toy
 
 # ------------------------------------------------------------------------------------ what is run
 
-OPTIONS = ("--width 16 --no-small-stem --image-size 32 --head 512 --batch-size 64 --lr 0.24 "
+OPTIONS = ("--width 16 --no-small-stem --image-size 32 --head 512 --batch-size 64 --lr 0.96 "
            "--weight-decay 5e-4 --blur 0")             # pretrain.py's toy recipe, for every pool
-IMAGES = 1 + 2 * 7 / 8                                 # a step's, in B: m = 2 in 7/8 of the steps
-COST = 1 + 2.5 * 7 / 8                                 # and what it costs, in SimSiam steps
+IMAGES = 1 + 4 / 2 * 7 / 8                             # a step's, in B: 4 halves in 7 of 8
+COST = 1 + 3.7 * 7 / 8                                 # and what it costs, in SimSiam steps
 CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
               "simsiam_cost": "equal cost"}            # rows that SDR is compared with
 

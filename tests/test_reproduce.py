@@ -25,13 +25,13 @@ def option(command, name):
 
 
 def test_currencies_count_what_they_name(tmp_path):
-    """SDR of E epochs of N images, B a step, two sub-nets of B in 7 of 8 steps."""
+    """SDR of E epochs of N images, B a step, four sub-nets of B / 2 in 7 of 8 steps."""
     epochs = {name: float(option(reproduce.commands_of(job(tmp_path, name))[0], "--epochs"))
               for name in ("sdr", "simsiam", "simsiam_images", "simsiam_cost")}
     steps = 4096 / 64 * epochs["sdr"]
     assert epochs["simsiam"] == epochs["sdr"] == 10
-    assert epochs["simsiam_images"] * 4096 == steps * (64 + 7 / 8 * 2 * 64)
-    assert epochs["simsiam_cost"] * 4096 == pytest.approx(64 * steps * (1 / 8 + 7 / 8 * 3.5))
+    assert epochs["simsiam_images"] * 4096 == steps * (64 + 7 / 8 * 4 * 32)
+    assert epochs["simsiam_cost"] * 4096 == pytest.approx(64 * steps * (1 / 8 + 7 / 8 * 4.7))
 
 
 def test_a_kind_alone_sees_as_many_images(tmp_path):
