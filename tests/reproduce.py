@@ -44,7 +44,7 @@ import toy
 
 # ------------------------------------------------------------------------------------ what is run
 
-OPTIONS = ("--width 16 --no-small-stem --image-size 32 --head 512 --batch-size 64 --lr 0.96 "
+OPTIONS = ("--width 16 --no-small-stem --image-size 32 --head 512 --batch-size 64 "
            "--weight-decay 5e-4 --blur 0")             # pretrain.py's toy recipe, for every pool
 IMAGES = 1 + 4 / 2 * 7 / 8                             # a step's, in B: 4 halves in 7 of 8
 COST = 1 + 3.7 * 7 / 8                                 # and what it costs, in SimSiam steps
@@ -53,23 +53,25 @@ CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
 
 
 class Pool(NamedTuple):
-    """base, more: epochs of `base`, and of what goes on from it; kind_of: task -> its images' kind;
-    tuning: tasks that no claim counts."""
+    """base, more: epochs of `base`, and of what goes on from it; lr: of all rows, where SimSiam was
+    best of those tried; kind_of: task -> its images' kind; tuning: tasks that no claim counts."""
     base: float
     more: float
+    lr: float
     kind_of: dict
     tuning: tuple = ()
 
 
 POOLS = {
-    "toy": Pool(20, 10, {"figures": "figures", "lands": "lands", "signs": "signs",
-                         "weaves": "weaves"}),
-    "domains": Pool(6, 12, {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon",
-                           "hands": "hands", "tin_mammals": "photos", "tin_vehicles": "photos",
-                           "tin_food": "photos"}, ("sketch", "hands", "tin_food")),
-    "photographs": Pool(5, 3, {"tin_mammals": "nature", "tin_arthropods": "nature",
-                               "tin_food": "nature", "tin_vehicles": "artefacts",
-                               "tin_clothes": "artefacts", "tin_places": "artefacts"},
+    "toy": Pool(20, 10, 0.96, {"figures": "figures", "lands": "lands", "signs": "signs",
+                               "weaves": "weaves"}),
+    "domains": Pool(6, 12, 0.24, {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon",
+                                  "hands": "hands", "tin_mammals": "photos",
+                                  "tin_vehicles": "photos", "tin_food": "photos"},
+                    ("sketch", "hands", "tin_food")),
+    "photographs": Pool(5, 3, 0.24, {"tin_mammals": "nature", "tin_arthropods": "nature",
+                                     "tin_food": "nature", "tin_vehicles": "artefacts",
+                                     "tin_clothes": "artefacts", "tin_places": "artefacts"},
                         ("tin_arthropods", "tin_food")),
 }
 
@@ -219,7 +221,8 @@ def commands_of(job):
     commands, epochs = [], epochs_of(job)
     network = "byol.pt" if "byol" in row.options else "simsiam.pt"
     train = ["pretrain.py", "--data", images, "--out", target, "--seed", job.seed, "--workers", 0,
-             *OPTIONS.split(), *row.options.split(), *job.options.split(),
+             *OPTIONS.split(), "--lr", POOLS[job.pool].lr, *row.options.split(),
+             *job.options.split(),
              "--init", job.where / row.start / network if row.start else "none"]
     if row.subset:
         kinds = kinds_of(job)
