@@ -603,7 +603,7 @@ def write_features(net, images, args, device):
 
 RECIPES = {                                            # where neither option nor --init says
     "toy": dict(arch="resnet18", width=16, small_stem=False, image_size=32, head=512, layers=2,
-                epochs=20, batch_size=64, lr=0.96, weight_decay=5e-4, blur=0.0),
+                epochs=20, batch_size=64, lr=0.24, weight_decay=5e-4, blur=0.0),
     "small": dict(arch="resnet18", width=64, small_stem=True, head=2048, layers=2,
                   epochs=200, batch_size=256, lr=0.03, weight_decay=5e-4, blur=0.0),
     "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, head=2048, layers=3,

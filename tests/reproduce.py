@@ -53,25 +53,27 @@ CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
 
 
 class Pool(NamedTuple):
-    """base, more: epochs of `base`, and of what goes on from it; lr: of all rows, where SimSiam was
-    best of those tried; kind_of: task -> its images' kind; tuning: tasks that no claim counts."""
+    """base, more: epochs of `base`, and of what goes on from it; lr: of rows from scratch, and of the
+    others, where SimSiam was best of those tried; kind_of: task -> its images' kind; tuning: tasks
+    that no claim counts."""
     base: float
     more: float
-    lr: float
+    lr: tuple
     kind_of: dict
     tuning: tuple = ()
 
 
 POOLS = {
-    "toy": Pool(20, 10, 0.96, {"figures": "figures", "lands": "lands", "signs": "signs",
-                               "weaves": "weaves"}),
-    "domains": Pool(6, 12, 0.24, {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon",
-                                  "hands": "hands", "tin_mammals": "photos",
-                                  "tin_vehicles": "photos", "tin_food": "photos"},
+    "toy": Pool(20, 10, (0.24, 0.96), {"figures": "figures", "lands": "lands", "signs": "signs",
+                                       "weaves": "weaves"}),
+    "domains": Pool(6, 12, (0.24, 0.24), {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon",
+                                          "hands": "hands", "tin_mammals": "photos",
+                                          "tin_vehicles": "photos", "tin_food": "photos"},
                     ("sketch", "hands", "tin_food")),
-    "photographs": Pool(5, 3, 0.24, {"tin_mammals": "nature", "tin_arthropods": "nature",
-                                     "tin_food": "nature", "tin_vehicles": "artefacts",
-                                     "tin_clothes": "artefacts", "tin_places": "artefacts"},
+    "photographs": Pool(5, 3, (0.24, 0.24),
+                        {"tin_mammals": "nature", "tin_arthropods": "nature", "tin_food": "nature",
+                         "tin_vehicles": "artefacts", "tin_clothes": "artefacts",
+                         "tin_places": "artefacts"},
                         ("tin_arthropods", "tin_food")),
 }
 
@@ -221,7 +223,7 @@ def commands_of(job):
     commands, epochs = [], epochs_of(job)
     network = "byol.pt" if "byol" in row.options else "simsiam.pt"
     train = ["pretrain.py", "--data", images, "--out", target, "--seed", job.seed, "--workers", 0,
-             *OPTIONS.split(), "--lr", POOLS[job.pool].lr, *row.options.split(),
+             *OPTIONS.split(), "--lr", POOLS[job.pool].lr[bool(row.start)], *row.options.split(),
              *job.options.split(),
              "--init", job.where / row.start / network if row.start else "none"]
     if row.subset:
