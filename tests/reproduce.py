@@ -53,9 +53,9 @@ CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
 
 
 class Pool(NamedTuple):
-    """base, more: epochs of `base`, and of what goes on from it; lr: of rows from scratch, and of the
-    others, where SimSiam was best of those tried; kind_of: task -> its images' kind; tuning: tasks
-    that no claim counts."""
+    """base, more: epochs of `base`, and of what goes on from it; lr: of rows from scratch, and of
+    the others, where SimSiam was best of those tried; kind_of: task -> its images' kind; tuning:
+    tasks that no claim counts."""
     base: float
     more: float
     lr: tuple
@@ -66,9 +66,9 @@ class Pool(NamedTuple):
 POOLS = {
     "toy": Pool(20, 10, (0.24, 0.96), {"figures": "figures", "lands": "lands", "signs": "signs",
                                        "weaves": "weaves"}),
-    "domains": Pool(6, 12, (0.24, 0.24), {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon",
-                                          "hands": "hands", "tin_mammals": "photos",
-                                          "tin_vehicles": "photos", "tin_food": "photos"},
+    "domains": Pool(6, 12, (0.24, 0.24),
+                    {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon", "hands": "hands",
+                     "tin_mammals": "photos", "tin_vehicles": "photos", "tin_food": "photos"},
                     ("sketch", "hands", "tin_food")),
     "photographs": Pool(5, 3, (0.24, 0.24),
                         {"tin_mammals": "nature", "tin_arthropods": "nature", "tin_food": "nature",
