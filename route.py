@@ -437,8 +437,7 @@ def print_summary(results):
         if key not in results[0]["largest"]:
             continue
         print(f"\n{'kNN' if key == 'test' else 'linear probe'} on the test images, %\n"
-              f"  {'task':<16} {'metric':<15} {'routed':>7} {'largest':>8} {'gain':>6} "
-              f"{'noise':>6}")
+              f"  {'task':<16} {'metric':<15} {'routed':>7} {'largest':>8} {'gain':>6}  noise")
         rows = []
         for result in results:
             pair = [result.get("chosen", result["largest"])[key], result["largest"][key]]
@@ -512,14 +511,15 @@ def draw_histogram(result, scores, axes):
     axes.axvline(result["largest"]["score"], color="black", linestyle="--", label="largest network")
     axes.set_xlabel(f"leave-one-out kNN on training images, {result['metric']}, %")
     axes.set_ylabel("sub-nets")
-    axes.set_title(f"{result['task']}: {len(scores)} sub-nets")
+    axes.set_title(f"{result['task']}: {len(scores)} sub-nets".encode(errors="replace").decode())
     axes.figure.legend(loc="outside right upper")
 
 
 def draw_gains(results, axes):
     """Each task's gain over the largest network."""
     gains = [result["chosen"]["test"] - result["largest"]["test"] for result in results]
-    axes.barh([result["task"] for result in results], gains, color="#88aacc")
+    names = [result["task"].encode(errors="replace").decode() for result in results]
+    axes.barh(names, gains, color="#88aacc")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("routed sub-net over the largest network, points of kNN on test images")

@@ -917,8 +917,8 @@ def main():
     parser.add_argument("folder", help="images, at any depth")
     parser.add_argument("target", help="the .npy to write; the names go to a .txt beside it")
     parser.add_argument("--path", help="the sub-net of these digits, as in 0,2,1,3; default: W_0")
-    parser.add_argument("--workers", type=number(int, 0), default=2,
-                        help="processes that read images")
+    parser.add_argument("--workers", type=number(int, 0), default=2, help="readers of images")
+    parser.add_argument("--amp", choices=("auto", "off"), default="auto", help="off: no bf16")
     args = parser.parse_args()
     try:
         device = setup()
@@ -930,7 +930,7 @@ def main():
         names = list_images(args.folder)
         size = load_checkpoint(args.checkpoint)["image_size"]
         images = Images(args.folder, names, functools.partial(center_crop, size=size))
-        features = embed(net.to(device), images, device, workers=args.workers)
+        features = embed(net.to(device), images, device, args.amp, args.workers)
         if rank() == 0:
             save_file(args.target, lambda file: np.save(file, features))
             save_names(os.path.splitext(args.target)[0] + ".txt", names)

@@ -104,9 +104,9 @@ def test_the_pipeline_leaves_what_the_headers_promise(images, start, tmp_path):
     net = sdrnet.load_network(start / "simsiam.pt")
     crop = functools.partial(sdrnet.center_crop, size=16)
     dataset = sdrnet.Images(images / "images", names, crop)
-    again = sdrnet.embed(net, dataset, torch.device("cpu"))
+    again = sdrnet.embed(net, dataset, torch.device("cpu"), "off")
     assert np.allclose(features, again, atol=1e-4)
-    script("sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy")
+    script("sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy", "--amp", "off")
     assert np.allclose(np.load(tmp_path / "f.npy"), features, atol=1e-4)
     assert (tmp_path / "f.txt").read_text() == (start / "images.txt").read_text()
 
@@ -164,14 +164,16 @@ def test_processes_agree_across_the_border_of_phase_0(images, start, tmp_path):
 
 @pytest.mark.slow
 def test_features_of_processes_are_those_of_one(images, start, tmp_path):
-    processes(2, "sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy")
+    processes(2, "sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy",
+              "--amp", "off")
     assert np.allclose(np.load(tmp_path / "f.npy"), np.load(start / "features.npy"), atol=1e-4)
     processes(2, "pretrain.py", "--data", images / "images", "--out", tmp_path, *SMALL,
               "--epochs", 0.25)
     net = sdrnet.load_network(tmp_path / "simsiam.pt")
     names = sdrnet.load_names(tmp_path / "images.txt")
     crop = functools.partial(sdrnet.center_crop, size=16)
-    alone = sdrnet.embed(net, sdrnet.Images(images / "images", names, crop), torch.device("cpu"))
+    dataset = sdrnet.Images(images / "images", names, crop)
+    alone = sdrnet.embed(net, dataset, torch.device("cpu"), "off")
     assert np.allclose(np.load(tmp_path / "features.npy"), alone, atol=1e-4)
 
 
