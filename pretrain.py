@@ -37,8 +37,8 @@ Deviations from SimSiam's code: hue turns about the grey axis of RGB and not in 
 falls every step, not every epoch; images that fit into memory are cropped without antialiasing.
 Not known of SDR, so chosen here: sub-nets have heads of their own, copies of W_0's when they enter;
 the teacher is normalised by the cluster's own batch, as its student is; q, a copy of the predictor,
-keeps a constant learning rate as predictors do; B, m, lambda, the phases and what "progressive"
-means (--phases-literal is the other reading). BYOL is trained by SGD with SimSiam's values.
+has a constant rate as predictors do; B, m, lambda, the mean for the paper's sum over i, the phases
+and "progressive" (--phases-literal: the other reading). BYOL: by SGD with SimSiam's values.
 """
 import argparse
 import copy
