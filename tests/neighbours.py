@@ -132,9 +132,10 @@ def run_sept(args):
 def info_nce(q, k, queue, temperature):
     """L = -log( exp(q.k / T) / (exp(q.k / T) + sum_j exp(q.k_j / T)) ), the mean over rows.
 
-    q, k: (B, d), here made unit; queue: unit keys k_j (K, d). With own = q.k / T and rest =
-    log sum_j exp(q.k_j / T) it is log(1 + exp(rest - own))."""
-    q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
+    q, k: (B, d), here made unit; queue: unit keys k_j (K, d). In fp32 at least. With own = q.k / T
+    and rest = log sum_j exp(q.k_j / T) it is log(1 + exp(rest - own))."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = F.normalize(q.to(wide), dim=1), F.normalize(k.to(wide), dim=1)
     own = (q * k).sum(1) / temperature                             # (B,)
     rest = torch.logsumexp(q @ queue.T / temperature, dim=1)       # (B,)
     return F.softplus(rest - own).mean()
@@ -172,7 +173,7 @@ class MoCo(pretrain.SDR):
         k = self.targets(x[1:], None)[0]                           # (B, d)
         q = [embedding(self, x[0], size) for size in (None, *sizes)]
         losses = [info_nce(q_i, k, self.queue, self.temperature) for q_i in q]
-        longer = torch.cat([self.queue, F.normalize(k.float(), dim=1)])
+        longer = torch.cat([self.queue, F.normalize(k.to(self.queue.dtype), dim=1)])
         self.queue = longer[-len(self.queue):]
         return mean_loss(losses, q[0])
 

@@ -54,7 +54,7 @@ CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
 
 class Pool(NamedTuple):
     """base, more: epochs of `base`, and of what goes on from it; lr: of rows from scratch, and of
-    the others, where SimSiam was best of those tried; kind_of: task -> its images' kind; tuning:
+    the others, SimSiam's best tried or level; kind_of: task -> its images' kind; tuning:
     tasks that no claim counts."""
     base: float
     more: float

@@ -94,12 +94,12 @@ def test_all_sizes_aim_at_the_largest_network():
 
 
 def test_momentum_and_queue_over_three_steps():
-    model = neighbours.MoCo(size_net().train(), width=16, keys=20)
+    model = neighbours.MoCo(size_net().train(), width=16, keys=20).double()
     optimizer = pretrain.make_optimizer(model, 0.0)    # of a learning rate of 0.1
     online = torch.nn.Sequential(model.net, model.projector)
     copied, queue = copy.deepcopy(online), model.queue.clone()
     for _ in range(3):
-        x = torch.randn(2, 8, 3, 32, 32)
+        x = torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
         with torch.no_grad():
             q, k = F.normalize(online(x[0]), dim=1), F.normalize(copied(x[1]), dim=1)
         scores = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1)
@@ -110,7 +110,7 @@ def test_momentum_and_queue_over_three_steps():
         for old, new in zip(copied.parameters(), online.parameters()):
             old.data = 0.999 * old.data + 0.001 * new.data
         queue = torch.cat([queue, k])[8:]
-        assert torch.allclose(model.queue, queue, atol=1e-5)
+        assert torch.allclose(model.queue, queue, atol=1e-6)
     for kept, wanted in zip(model.target.parameters(), copied.parameters()):
         assert torch.allclose(kept, wanted, atol=1e-6) and kept.grad is None
 
