@@ -1,9 +1,9 @@
-"""reproduce.py - the paper's claims, run by the scripts' own command lines, tables and figures.
+"""reproduce.py - the runs behind the paper's claims, by the scripts' own command lines.
 
     python tests/reproduce.py --pool toy                       # all rows, seeds 3 4 5: hours
     python tests/reproduce.py --pool domains --packs PACKS --seeds 3 --only simsiam sdr
     python tests/reproduce.py --pool domains --packs PACKS --seeds 10 --try lr="--lr 0.5"
-    python tests/reproduce.py --render                         # tables and figures from the lines
+    python tests/claims.py                                     # tables and figures from the lines
 
 Pools: toy (drawn); domains (PACKS/domains and PACKS/tiny-imagenet: signs, sketches, cartoons,
 hands, photographs); photographs (PACKS/tiny-imagenet, tasks PACKS/tin_tasks). A row is one run of
@@ -105,7 +105,10 @@ ROWS = {
     "narrow": Row("SimSiam, the sub-net's width throughout, from scratch", (1, 1),
                   options="--width 12", start=None),
     "simsiam_third": Row("SimSiam on all, a third of the images", (0, 1 / 3)),
-    "sdr_third": Row("SDR, a third of the epochs", (0, 1 / 3), clusters="balanced"),
+    "simsiam_half": Row("SimSiam, half of the epochs", (0, 1 / 2)),
+    "sdr_half": Row("SDR, half of the epochs", (0, 1 / 2), clusters="balanced"),
+    "simsiam_double": Row("SimSiam, twice the epochs", (0, 2)),
+    "sdr_double": Row("SDR, twice the epochs", (0, 2), clusters="balanced"),
     "l2": Row("SDR, L2 in SiamKD's place", clusters="balanced", options="--distill l2"),
     "literal": Row("SDR, phases read literally", clusters="balanced", options="--phases-literal"),
     "k81": Row("SDR, k = 81", clusters="81", options="--shared 0.4375"),
@@ -340,210 +343,6 @@ def run(args):
             file.write(json.dumps(line) + "\n")
 
 
-# ------------------------------------------------------------------------------------ what came out
-
-class Lines:
-    """The lines of a pool, by row and seed, and what is computed of them."""
-
-    def __init__(self, lines, pool):
-        self.pool, self.tuning = pool, POOLS[pool].tuning
-        self.rows = {}
-        for line in lines:
-            if line["pool"] == pool:
-                self.rows.setdefault(line["row"], {})[line["seed"]] = line
-
-    def scores(self, row, key="routed", task=None):
-        """{seed: percent on test images}, of a task or the mean of those that claims count. A
-        network without sub-nets has `largest` alone, which is what stands for `routed` too."""
-        found = {}
-        for seed, line in sorted(self.rows.get(row, {}).items()):
-            names = [task] if task else [t for t in line["tasks"] if t not in self.tuning]
-            values = [line["tasks"][t].get(key, line["tasks"][t]["largest"]) for t in names]
-            found[seed] = float(np.mean(values))
-        return found
-
-    def gains(self, row, other, key="routed", task=None):
-        """Points of a row over another in the seeds that both have: a list."""
-        ours, theirs = self.scores(row, key, task), self.scores(other, "routed", task)
-        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-
-
-def spread(values, sign=""):
-    """"37.5 ± 1.6" of several, "37.5" of one, "" of none."""
-    values = list(values)
-    if not values:
-        return ""
-    text = f"{np.mean(values):{sign}.1f}"
-    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.1f}"
-
-
-def verdict(gains, of="seed"):
-    """What seeds, or tasks, say of "is above": in words."""
-    above = sum(gain > 0 for gain in gains)
-    if not gains:
-        return "not measured"
-    if len(gains) == 1:
-        return f"{'above' if above else 'below'}, in the one {of}"
-    word = "in"
-    if above in (0, len(gains)):
-        word = "holds," if above else "does not hold,"
-    return f"{word} {above} of {len(gains)} {of}s"
-
-
-def table(head, rows):
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in lines) + "\n"
-
-
-def core_table(data):
-    """Every row of a pool that was run."""
-    body = []
-    for name, row in rows_of(data.pool).items():
-        if name not in data.rows:
-            continue
-        lines, subnets = data.rows[name].values(), row.clusters is not None
-        keys = ("routed", "largest", "mean", "best") if subnets else ("largest",)
-        cells = [spread(data.scores(name, key).values()) for key in keys] + [""] * (4 - len(keys))
-        comparable = subnets and row.epochs == (0, 1)
-        other = [spread(data.gains(name, against), "+") for against in CURRENCIES if comparable]
-        images = np.mean([line.get("images", 0) for line in lines]) / 1000
-        cost = images * COST / IMAGES if subnets else images
-        body.append([row.text, *cells, *(other or ["", "", ""]), len(lines), f"{images:,.0f}",
-                     f"{cost:,.0f}"])
-    return table(["row", "routed, or alone", "its largest", "mean sub-net", "best by test",
-                  "- SimSiam, epochs", "images", "cost", "seeds", "1000 images", "cost"], body)
-
-
-def task_table(data):
-    """Each task: SimSiam in three currencies, its own kind alone, SDR, and where it was routed."""
-    body = []
-    for task, kind in POOLS[data.pool].kind_of.items():
-        cells = [spread(data.scores(row, task=task).values()) for row in CURRENCIES]
-        cells += [spread(data.scores(row, task=task).values())
-                  for row in ("simsiam_third", f"only_{kind}")]
-        cells += [spread(data.scores("sdr", key, task).values()) for key in ("routed", "largest")]
-        shares = [line["clusters"][task] for line in data.rows.get("sdr", {}).values()]
-        own = [100 * share.get("chosen", 0) for share in shares]
-        body.append([task + " *" * (task in data.tuning), *cells,
-                     spread(data.gains("sdr", "simsiam", task=task), "+"), spread(own)])
-    return table(["task", *(f"SimSiam, {text}" for text in CURRENCIES.values()),
-                  "... a third", "a third, on its kind alone", "SDR routed", "its largest",
-                  "gain, equal epochs", "own kind in its cluster, %"], body)
-
-
-def claims(data):
-    """[(claim, what is measured, verdict), ...] of a pool."""
-    kinds = {t: kind for t, kind in POOLS[data.pool].kind_of.items() if t not in data.tuning}
-    runs = [(line["tasks"][t], line["clusters"][t])
-            for line in data.rows.get("sdr", {}).values() for t in kinds]
-    rows = []
-
-    def claim(text, gains, of="seed"):
-        rows.append((text, spread(gains, "+"), verdict(gains, of)))
-
-    def each_task(row_of, against):
-        gains = [data.gains(row_of(kind), against, task=t) for t, kind in kinds.items()]
-        return [float(np.mean(values)) for values in gains if values]
-    claim("1: a task's own kind alone teaches more than everything, at equal images",
-          each_task("only_{}".format, "simsiam_third"), "task")
-    for row, text in CURRENCIES.items():
-        claim(f"2: SDR over SimSiam, {text}", data.gains("sdr", row))
-    claim("2: its largest network over SimSiam, equal epochs",
-          data.gains("sdr", "simsiam", "largest"))
-    claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
-    noise = [(one["mean"] * (100 - one["mean"]) / one["images"]) ** 0.5 for one, _ in runs]
-    agree = spread(one.get("correlation", 0.0) * 100 for one, _ in runs)
-    claim("4: sub-nets differ on a task: std of test scores, above noise; correlation of "
-          f"leave-one-out and test scores, %: {agree}",
-          [np.std(one["tests"]) - by_chance for (one, _), by_chance in zip(runs, noise)], "task")
-    claim("5: the chosen cluster holds more of the task's kind than the pool, % points",
-          [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs], "task")
-    claim("6: SDR's sub-net detects better, AP", data.gains("detect_sdr", "detect_simsiam"))
-    for row in ("no_kd", "l2", "shared_heads", "no_phases", "random", "one", "narrow"):
-        claim(f"7: SDR over {ROWS[row].text}", data.gains("sdr", row))
-    for row, text in (("one", "1"), ("k16", "16"), ("k81", "81")):
-        claim(f"8: k = 256 over k = {text}", data.gains("k256", row))
-    least = [line["least_sub_std"] for row in ("scratch", "scratch_no_phases")
-             for line in data.rows.get(row, {}).values()]
-    claim(f"9: from scratch, phases over none; least std {' '.join(f'{x:.2f}' for x in least)}",
-          data.gains("scratch", "scratch_no_phases"))
-    return rows
-
-
-def bars(axes, data, against, rows):
-    """Points of rows over another row, on each task; hatched what saw the task's own kind alone."""
-    shown = [row for row in rows if data.gains(row, against)]
-    kind_of, width = POOLS[data.pool].kind_of, 0.8 / max(1, len(shown))
-    for i, row in enumerate(shown):
-        gains = [np.mean(data.gains(row, against, task=task)) for task in kind_of]
-        hatch = ["///" * (row == f"only_{kind}") for kind in kind_of.values()]
-        colours = {"color": str(0.95 - 0.7 * i / len(shown)), "edgecolor": "black"}
-        axes.bar(np.arange(len(gains)) + (i + 0.5) * width - 0.4, gains, width, hatch=hatch,
-                 **colours)
-        axes.bar(0, 0, **colours, label=rows_of(data.pool)[row].text)  # a key without a hatch
-    if shown:
-        axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_ylabel(f"points of kNN accuracy over\n{ROWS[against].text}")
-
-
-def dots(axes, data):
-    """All sub-nets of SDR's first seed on each task, the one that was chosen, and SimSiam."""
-    marks = {"SDR, routed": ("*", "routed", "sdr"), "its largest network": ("_", "largest", "sdr"),
-             "SimSiam, equal epochs": ("x", "largest", "simsiam"),
-             "SimSiam, equal images": ("+", "largest", "simsiam_images")}
-    for seed, line in sorted(data.rows.get("sdr", {}).items())[:1]:
-        for i, task in enumerate(POOLS[data.pool].kind_of):
-            tests = line["tasks"][task]["tests"]
-            axes.scatter(np.linspace(i - 0.2, i + 0.2, len(tests)), tests, s=14, color="0.6",
-                         label="a sub-net" if i == 0 else None)
-            for text, (marker, key, row) in marks.items():
-                score = data.scores(row, key, task).get(seed, np.nan)
-                axes.scatter(i, score, s=110, marker=marker, color="black",
-                             label=text if i == 0 else None)
-        axes.set_ylabel(f"kNN accuracy on test images, %, seed {seed}")
-
-
-def figures(data, results):
-    """<pool>_transfer.png (claim 1), _gains.png (2, 7) and _subnets.png (3 to 5), of what was
-    measured; one line where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figures: pip install matplotlib")
-        return
-    alone = [row for row in rows_of(data.pool) if row.startswith("only_")]
-    controls = ["simsiam_images", "simsiam_cost", "random", "no_kd", "shared_heads", "no_phases"]
-    plots = {"transfer": (bars, "simsiam_third", alone),
-             "gains": (bars, "simsiam", [*controls, "sdr"]), "subnets": (dots,)}
-    tasks = [task + " *" * (task in data.tuning) for task in POOLS[data.pool].kind_of]
-    for name, (plot, *what) in plots.items():
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
-        axes = figure.subplots()
-        plot(axes, data, *what)
-        if axes.has_data():
-            axes.set_xticks(range(len(tasks)), tasks)
-            figure.legend(loc="outside lower center", ncols=2)
-            figure.savefig(results / f"{data.pool}_{name}.png", dpi=110)
-
-
-def render(results):
-    """claims.md and the figures from claims.jsonl."""
-    lines, parts = read_lines(results / "claims.jsonl"), []
-    for pool in POOLS:
-        data = Lines(lines, pool)
-        if not data.rows:
-            continue
-        commits = sorted({line["commit"] for line in lines if line["pool"] == pool})
-        seeds = sorted({line["seed"] for line in lines if line["pool"] == pool})
-        parts += [f"## {pool}\n", f"Seeds {seeds}; commits {', '.join(commits)}; kNN accuracy on "
-                  "test images, %; tasks with * chose settings, and no mean counts them.\n",
-                  table(["claim", "measured", "verdict"], claims(data)), core_table(data),
-                  task_table(data)]
-        figures(data, results)
-    (results / "claims.md").write_text("# The claims, by tests/reproduce.py\n\n" + "\n".join(parts))
-
-
 # ------------------------------------------------------------------------------------ command
 
 def main():
@@ -556,7 +355,6 @@ def main():
                         help="one setting: these options of pretrain.py on the row --only, or sdr")
     parser.add_argument("--packs", type=Path, default=Path("data"), help="image packs: data")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="runs/claims")
-    parser.add_argument("--render", action="store_true", help="run nothing: tables and figures")
     parser.add_argument("--results", type=Path, default=RESULTS, help="tests/results")
     parser.add_argument("--budget-minutes", type=float, default=1e9,
                         help="start no row after so long")
@@ -564,11 +362,9 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.work, args.packs = args.work.resolve(), args.packs.resolve()
     try:
-        if not args.render:
-            run(args)
+        run(args)
     except sdrnet.InputError as error:
         parser.error(str(error))
-    render(args.results)
 
 
 if __name__ == "__main__":

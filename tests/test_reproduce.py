@@ -1,4 +1,4 @@
-"""The claims' script: what it runs, and what it makes of the lines."""
+"""The claims: what reproduce.py runs, and what claims.py makes of the lines."""
 import json
 import subprocess
 import sys
@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+import claims
 import reproduce
 from conftest import ROOT
 
@@ -65,7 +66,7 @@ def test_tables_say_what_the_lines_hold(tmp_path):
     lines = [line("sdr", 3, 36.0, 33.0), line("simsiam", 3, 0.0, 30.0), line("sdr", 4, 32.0, 31.0),
              line("simsiam", 4, 0.0, 33.0)]
     (tmp_path / "claims.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    reproduce.render(tmp_path)
+    claims.render(tmp_path)
     text = (tmp_path / "claims.md").read_text()
     assert "| 2: SDR over SimSiam, equal epochs | +2.5 ± 4.9 | in 1 of 2 seeds |" in text
     assert "| 2: SDR over SimSiam, equal cost |  | not measured |" in text
@@ -73,7 +74,20 @@ def test_tables_say_what_the_lines_hold(tmp_path):
     assert "+50.0 ± 0.0 | holds, 8 of 8 tasks |" in text
 
 
-def test_an_unknown_row_is_one_line(tmp_path):
-    run = subprocess.run([sys.executable, f"{ROOT}/tests/reproduce.py", "--only", "nonsense",
-                          "--work", str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "nonsense" in run.stderr
+def test_tasks_that_chose_settings_are_left_out_of_means():
+    lines = [line("sdr", 3, 30.0, 30.0), line("simsiam", 3, 0.0, 20.0)]
+    for one in lines:
+        one["pool"], scores = "domains", one["tasks"]["lands"]
+        one["tasks"] = {name: dict(scores) for name in reproduce.POOLS["domains"].kind_of}
+    lines[0]["tasks"]["hands"]["routed"] = 100.0
+    data = claims.Lines(lines, "domains")
+    assert data.gains("sdr", "simsiam") == [10.0]
+    assert data.gains("sdr", "simsiam", tasks=list(data.kind_of)) == [20.0]
+
+
+@pytest.mark.parametrize("script, option, named", [("reproduce", "--only", "nonsense"),
+                                                   ("claims", "--results", "nowhere")])
+def test_what_is_not_there_is_one_line(tmp_path, script, option, named):
+    run = subprocess.run([sys.executable, f"{ROOT}/tests/{script}.py", option, named], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and named in run.stderr

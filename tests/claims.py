@@ -1,0 +1,284 @@
+"""claims.py - what the runs of reproduce.py say of the paper's nine claims: tables and figures.
+
+    python tests/claims.py                             # of tests/results
+    python tests/claims.py --results FOLDER
+
+In:   <results>/claims.jsonl   a line a run: its row, seed, command, commit, and every score
+Out:  <results>/claims.md      for each pool the claims with a verdict, all rows, all tasks
+      <results>/<pool>_*.png   a figure a claim, of what was measured; with matplotlib
+
+Scores are kNN accuracies on test images in percent, detection's AP in percent by COCO's rule. A
+mean counts the tasks that chose no settings; a verdict says in how many seeds, or tasks, a
+difference is above 0. ± is the standard deviation of seeds, or of tasks.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from reproduce import COST, CURRENCIES, IMAGES, POOLS, RESULTS, ROWS, read_lines, rows_of
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+class Lines:
+    """The lines of a pool, by row and seed, and what is computed of them."""
+
+    def __init__(self, lines, pool):
+        self.pool, self.rows = pool, {}
+        self.lines = [line for line in lines if line["pool"] == pool]
+        self.kind_of, self.tuning = POOLS[pool].kind_of, POOLS[pool].tuning
+        self.counted = [task for task in self.kind_of if task not in self.tuning]
+        for line in self.lines:
+            self.rows.setdefault(line["row"], {})[line["seed"]] = line
+
+    def scores(self, row, key="routed", tasks=None):
+        """{seed: the mean of some tasks, or of those that count}. A network without sub-nets has
+        `largest` alone, which is what stands for `routed` too."""
+        found = {}
+        for seed, line in sorted(self.rows.get(row, {}).items()):
+            scores = line["tasks"]
+            names = scores if "scenes" in scores else tasks or self.counted    # detection's
+            found[seed] = float(np.mean([scores[t].get(key, scores[t]["largest"]) for t in names]))
+        return found
+
+    def gains(self, row, other, key="routed", tasks=None):
+        """Points of a row over another's routed, or only, network in the seeds of both: a list."""
+        ours, theirs = self.scores(row, key, tasks), self.scores(other, "routed", tasks)
+        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def spread(values, sign=""):
+    """"37.5 ± 1.6" of several, "37.5" of one, "" of none."""
+    values = list(values)
+    if not values:
+        return ""
+    text = f"{np.mean(values):{sign}.1f}"
+    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.1f}"
+
+
+def verdict(gains, of="seed"):
+    """What seeds, or tasks, say of "is above": in words."""
+    above = sum(gain > 0 for gain in gains)
+    if not gains:
+        return "not measured"
+    if len(gains) == 1:
+        return f"{'above' if above else 'below'}, in the one {of}"
+    word = "in"
+    if above in (0, len(gains)):
+        word = "holds," if above else "does not hold,"
+    return f"{word} {above} of {len(gains)} {of}s"
+
+
+# ------------------------------------------------------------------------------------ tables
+
+def table(head, rows):
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in lines) + "\n"
+
+
+def claims(data):
+    """[(claim, what is measured, verdict), ...] of a pool."""
+    rows, tasks = [], {task: data.kind_of[task] for task in data.counted}
+
+    def claim(text, gains, of="seed"):
+        rows.append((text, spread(gains, "+"), verdict(gains, of)))
+
+    def each_task(row_of, against):
+        gains = [data.gains(row_of(kind), against, tasks=[task]) for task, kind in tasks.items()]
+        return [float(np.mean(values)) for values in gains if values]
+
+    claim("1: a task's own kind alone teaches more than everything, at equal images",
+          each_task("only_{}".format, "simsiam_third"), "task")
+    for row, text in CURRENCIES.items():
+        claim(f"2: SDR over SimSiam, {text}", data.gains("sdr", row))
+        if data.tuning:
+            claim("... the tasks that chose settings counted too",
+                  data.gains("sdr", row, tasks=list(data.kind_of)))
+    claim("2: its largest network over SimSiam, equal epochs",
+          data.gains("sdr", "simsiam", "largest"))
+    claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
+    runs = [(line["tasks"][task], line["clusters"][task])
+            for line in data.rows.get("sdr", {}).values() for task in tasks]
+    noise = [(one["mean"] * (100 - one["mean"]) / one["images"]) ** 0.5 for one, _ in runs]
+    agree = spread(100 * one.get("correlation", 0.0) for one, _ in runs)
+    claim("4: sub-nets differ on a task: std of test scores, above noise; correlation of "
+          f"leave-one-out and test scores, %: {agree}",
+          [np.std(one["tests"]) - by_chance for (one, _), by_chance in zip(runs, noise)], "task")
+    claim("5: the chosen cluster holds more of the task's kind than the pool, % points",
+          [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs], "task")
+    claim("6: SDR's sub-net detects better, AP", data.gains("detect_sdr", "detect_simsiam"))
+    for row in PARTS[1:]:
+        claim(f"7: SDR over {ROWS[row].text}", data.gains("sdr", row))
+    for row, text in (("one", "1"), ("k16", "16"), ("k81", "81")):
+        claim(f"8: k = 256 over k = {text}", data.gains("k256", row))
+    least = [line["least_sub_std"] for row in ("scratch", "scratch_no_phases")
+             for line in data.rows.get(row, {}).values()]
+    claim(f"9: from scratch, phases over none; least std {' '.join(f'{x:.2f}' for x in least)}",
+          data.gains("scratch", "scratch_no_phases"))
+    return rows
+
+
+def row_table(data):
+    """Every row of a pool that was run."""
+    body = []
+    for name, row in rows_of(data.pool).items():
+        if name not in data.rows:
+            continue
+        subnets = row.clusters is not None
+        keys = ("routed", "largest", "mean", "best") if subnets else ("largest",)
+        cells = [spread(data.scores(name, key).values()) for key in keys] + [""] * (4 - len(keys))
+        for other in CURRENCIES:
+            comparable = subnets and row.epochs == (0, 1) and row.start == "base"
+            cells.append(spread(data.gains(name, other), "+") if comparable else "")
+        lines = data.rows[name].values()
+        images = np.mean([line.get("images", 0) for line in lines]) / 1000
+        cost = images * COST / IMAGES if subnets else images
+        body.append([row.text, *cells, len(lines), f"{images:,.0f}", f"{cost:,.0f}"])
+    return table(["row", "routed, or alone", "its largest", "mean sub-net", "best by test",
+                  "- SimSiam, epochs", "images", "cost", "seeds", "1000 images", "cost"], body)
+
+
+def task_table(data):
+    """Each task: SimSiam in three currencies, its own kind alone, SDR, and where it was routed."""
+    body = []
+    for task, kind in data.kind_of.items():
+        alone = [*CURRENCIES, "simsiam_third", f"only_{kind}"]
+        cells = [spread(data.scores(row, tasks=[task]).values()) for row in alone]
+        cells += [spread(data.scores("sdr", key, [task]).values()) for key in ("routed", "largest")]
+        shares = [line["clusters"][task] for line in data.rows.get("sdr", {}).values()]
+        own = [100 * share.get("chosen", 0) for share in shares]
+        body.append([task + " *" * (task in data.tuning), *cells,
+                     spread(data.gains("sdr", "simsiam", tasks=[task]), "+"), spread(own)])
+    return table(["task", *(f"SimSiam, {text}" for text in CURRENCIES.values()),
+                  "... a third", "a third, on its kind alone", "SDR routed", "its largest",
+                  "gain, equal epochs", "own kind in its cluster, %"], body)
+
+
+# ------------------------------------------------------------------------------------ figures
+
+PARTS = ("sdr", "no_kd", "l2", "shared_heads", "no_phases", "literal", "random", "one", "narrow")
+SIMSIAM = tuple(CURRENCIES)
+
+
+def plot_gains(axes, data, against, rows):
+    """Points of rows over another row, on each task; hatched what saw the task's own kind alone."""
+    shown = [row for row in rows if data.gains(row, against)]
+    width = 0.8 / max(1, len(shown))
+    for i, row in enumerate(shown):
+        gains = [np.mean(data.gains(row, against, tasks=[task])) for task in data.kind_of]
+        hatch = ["///" * (row == f"only_{kind}") for kind in data.kind_of.values()]
+        colours = {"color": str(0.95 - 0.7 * i / len(shown)), "edgecolor": "black"}
+        axes.bar(np.arange(len(gains)) + (i + 0.5) * width - 0.4, gains, width, hatch=hatch,
+                 **colours)
+        axes.bar(0, 0, **colours, label=rows_of(data.pool)[row].text)  # a key without a hatch
+    if shown:
+        axes.axhline(0, color="black", linewidth=0.8)
+    name_tasks(axes, data)
+    axes.set_ylabel(f"points of kNN accuracy over\n{ROWS[against].text}")
+
+
+def plot_subnets(axes, data):
+    """All sub-nets of SDR's first seed on each task, the one that was chosen, and SimSiam."""
+    marks = {"SDR, routed": ("*", "routed", "sdr"), "its largest network": ("_", "largest", "sdr"),
+             "SimSiam, equal epochs": ("x", "largest", "simsiam"),
+             "SimSiam, equal images": ("+", "largest", "simsiam_images")}
+    for seed, line in sorted(data.rows.get("sdr", {}).items())[:1]:
+        for i, task in enumerate(data.kind_of):
+            tests = line["tasks"][task]["tests"]
+            axes.scatter(np.linspace(i - 0.2, i + 0.2, len(tests)), tests, s=14, color="0.6",
+                         label="a sub-net" if i == 0 else None)
+            for text, (marker, key, row) in marks.items():
+                score = data.scores(row, key, [task]).get(seed, np.nan)
+                axes.scatter(i, score, s=110, marker=marker, color="black",
+                             label=text if i == 0 else None)
+        axes.set_ylabel(f"kNN accuracy on test images, %, seed {seed}")
+    name_tasks(axes, data)
+
+
+def name_tasks(axes, data):
+    """Tasks along the bottom, those that chose settings with a star."""
+    names = [task + " *" * (task in data.tuning) for task in data.kind_of]
+    axes.set_xticks(range(len(names)), names)
+
+
+def plot_rows(axes, data, rows):
+    """A row a line: a dot a seed, a ring its largest network, a stroke the seeds' mean."""
+    shown = [row for row in rows if row in data.rows][::-1]
+    for y, row in enumerate(shown):
+        scores = list(data.scores(row).values())
+        if rows_of(data.pool)[row].clusters:
+            largest = list(data.scores(row, "largest").values())
+            axes.scatter(largest, [y - 0.2] * len(largest), s=30, facecolors="none",
+                         edgecolors="black")
+        axes.scatter(scores, [y] * len(scores), s=30, color="black")
+        axes.plot([np.mean(scores)] * 2, [y - 0.3, y + 0.3], color="black")
+    axes.set_yticks(range(len(shown)), [rows_of(data.pool)[row].text for row in shown])
+    axes.set_xlabel("AP of detection, %" if "detect_sdr" in rows else
+                    "mean kNN accuracy of the tasks, %; dots: routed, or alone; rings: W_0 of SDR")
+
+
+def figures(data, results):
+    """Draws FIGURES of what was measured; one line where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no figures: pip install matplotlib")
+        return
+    kinds = [row for row in rows_of(data.pool) if row.startswith("only_")]
+    plots = {
+        "1_transfer": (plot_gains, "simsiam_third", kinds),
+        "2_gains": (plot_gains, "simsiam", ["simsiam_images", "simsiam_cost", "random", "sdr"]),
+        "3_subnets": (plot_subnets,),                  # and claims 4 and 5
+        "6_detection": (plot_rows, ["detect_sdr", "detect_simsiam"]),
+        "7_parts": (plot_rows, [*PARTS, *SIMSIAM]),
+        "8_clusters": (plot_rows, ["one", "k16", "k81", "k256"]),
+        "9_scratch": (plot_rows, ["scratch", "scratch_no_phases"]),
+        "epochs": (plot_rows, [f"{name}{time}" for time in ("_half", "", "_double")
+                               for name in ("sdr", "simsiam")]),
+    }
+    for name, (plot, *what) in plots.items():
+        measured = [row for row in what[-1] if row in data.rows] if what else data.rows.get("sdr")
+        if not measured:
+            continue
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.subplots()
+        plot(axes, data, *what)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=2)
+        figure.savefig(results / f"{data.pool}_{name}.png", dpi=110)
+
+
+# ------------------------------------------------------------------------------------ command
+
+def render(results):
+    """claims.md and the figures from claims.jsonl."""
+    lines, parts = read_lines(results / "claims.jsonl"), []
+    for pool in POOLS:
+        data = Lines(lines, pool)
+        if not data.rows:
+            continue
+        commits, seeds = ({line[key] for line in data.lines} for key in ("commit", "seed"))
+        parts += [f"## {pool}\n", f"Seeds {sorted(seeds)}; commits {', '.join(sorted(commits))}; "
+                  "kNN accuracy on test images, %; tasks with * chose settings, and no mean counts "
+                  "them.\n",
+                  table(["claim", "measured", "verdict"], claims(data)), row_table(data),
+                  task_table(data)]
+        figures(data, results)
+    (results / "claims.md").write_text("# The claims, by tests/claims.py\n\n" + "\n".join(parts))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="tests/results")
+    args = parser.parse_args()
+    if not (args.results / "claims.jsonl").is_file():
+        parser.error(f"{args.results}/claims.jsonl is not there: reproduce.py writes it, or name "
+                     "another --results")
+    render(args.results)
+
+
+if __name__ == "__main__":
+    main()
