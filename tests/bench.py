@@ -15,6 +15,7 @@ import numpy as np                                     # after the line that set
 import torch
 import torchvision
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2 as T
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -79,14 +80,23 @@ def make_step(net, subs=0, size=32, batch=64):
     return lambda: pretrain.train_step(model, optimizer, x, parts, CPU, "auto")
 
 
+def operations(function):
+    """Floating-point operations of convolutions and products in a call, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def step():
-    """An SDR step of four sub-nets, B / 2 images each / a SimSiam step of the same B."""
+    """An SDR step of four sub-nets, B / 2 images each / a SimSiam step of the same B: seconds, and
+    what they would be if only arithmetic counted."""
     for name, options in (("toy network", dict(width=16)),
                           ("ResNet-18, small stem", dict(width=64, small_stem=True))):
         batch = 64 if "toy" in name else 16
         nets = [sdrnet.SDRNet("resnet18", groups=2, **options) for _ in (0, 1)]
         pair = make_step(nets[0], 4, batch=batch), make_step(nets[1], 0, batch=batch)
         report(f"step, {name}", *in_turn(*pair))
+        print(f"  operations: {operations(pair[0]) / operations(pair[1]):.2f} times as many")
 
 
 def simsiam():

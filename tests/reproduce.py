@@ -53,9 +53,9 @@ CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
 
 
 class Pool(NamedTuple):
-    """base, more: epochs of `base`, and of what goes on from it; lr: of rows from scratch, and of
-    the others, SimSiam's best tried or level; kind_of: task -> its images' kind; tuning:
-    tasks that no claim counts."""
+    """base, more: epochs of `base`, and of what goes on from it; lr: of rows from scratch, of
+    SimSiam and of SDR where they go on, each its best, or level with that, of 0.24, 0.48 and 0.96;
+    kind_of: task -> its images' kind; tuning: tasks that no claim counts."""
     base: float
     more: float
     lr: tuple
@@ -64,13 +64,13 @@ class Pool(NamedTuple):
 
 
 POOLS = {
-    "toy": Pool(20, 10, (0.24, 0.96), {"figures": "figures", "lands": "lands", "signs": "signs",
-                                       "weaves": "weaves"}),
-    "domains": Pool(6, 12, (0.24, 0.24),
+    "toy": Pool(20, 10, (0.24, 0.96, 0.96), {"figures": "figures", "lands": "lands",
+                                             "signs": "signs", "weaves": "weaves"}),
+    "domains": Pool(6, 12, (0.24, 0.24, 0.48),
                     {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon", "hands": "hands",
                      "tin_mammals": "photos", "tin_vehicles": "photos", "tin_food": "photos"},
                     ("sketch", "hands", "tin_food")),
-    "photographs": Pool(5, 3, (0.24, 0.24),
+    "photographs": Pool(5, 6, (0.24, 0.24, 0.48),           # as of domains
                         {"tin_mammals": "nature", "tin_arthropods": "nature", "tin_food": "nature",
                          "tin_vehicles": "artefacts", "tin_clothes": "artefacts",
                          "tin_places": "artefacts"},
@@ -224,10 +224,11 @@ def commands_of(job):
                  "--recipe", "quick", "--backbone", job.where / row.backbone, "--out", target,
                  "--seed", job.seed, "--workers", 0]]
     commands, epochs = [], epochs_of(job)
+    from_scratch, simsiam, sdr = POOLS[job.pool].lr
+    rate = from_scratch if row.start is None else sdr if row.clusters else simsiam
     network = "byol.pt" if "byol" in row.options else "simsiam.pt"
     train = ["pretrain.py", "--data", images, "--out", target, "--seed", job.seed, "--workers", 0,
-             *OPTIONS.split(), "--lr", POOLS[job.pool].lr[bool(row.start)], *row.options.split(),
-             *job.options.split(),
+             *OPTIONS.split(), "--lr", rate, *row.options.split(), *job.options.split(),
              "--init", job.where / row.start / network if row.start else "none"]
     if row.subset:
         kinds = kinds_of(job)
