@@ -62,10 +62,12 @@ Measured on an AMD EPYC with AVX2, torch 2.14: without options, from the toy sub
 import argparse
 import functools
 import glob
+import hashlib
 import json
 import os
 import sys
 import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -86,7 +88,6 @@ import sdrnet
 from sdrnet import InputError
 
 LONGEST = 1333                                         # pixels of an image's long side, at most
-HELD_OUT = 0.2                                         # of the training images, for early stopping
 
 
 # ------------------------------------------------------------------------------------ AP
@@ -108,11 +109,12 @@ def match_voc(iou, difficult, threshold):
     it does not count; else an object's first detection is true, all others are false."""
     verdict, found = [], set()
     for row in iou:
-        most = max(row)
-        best = row.index(most)                         # of equal ones the first
+        most = max(row, default=0)
         if most <= threshold:
             verdict.append(0)
-        elif difficult[best]:
+            continue
+        best = row.index(most)                         # of equal ones the first
+        if difficult[best]:
             verdict.append(-1)
         else:
             verdict.append(0 if best in found else 1)
@@ -125,19 +127,15 @@ def match_coco(iou, difficult, threshold):
 
     A detection takes the object it overlaps most of those still free: a difficult one only if there
     is no other, and then it does not count. Beyond the 100 best of an image none counts."""
-    verdict, free = [], sorted(range(len(difficult)), key=difficult.__getitem__)
+    verdict, free = [], set(range(len(difficult)))
     for row in iou[:100]:
-        best = None
-        for k in free:                                 # difficult ones come last
-            if best is not None and difficult[k] > difficult[best]:
-                break
-            if row[k] >= (threshold if best is None else row[best]):
-                best = k                               # of equal ones the last
-        if best is None:
+        near = [k for k in free if row[k] >= threshold]
+        if not near:
             verdict.append(0)
-        else:
-            verdict.append(-1 if difficult[best] else 1)
-            free.remove(best)
+            continue
+        best = max(near, key=lambda k: (not difficult[k], row[k], k))  # of equal ones the last
+        verdict.append(-1 if difficult[best] else 1)
+        free.remove(best)
     return verdict + [-1] * len(iou[100:])
 
 
@@ -177,34 +175,27 @@ def evaluate(truth, found, classes):
     image is first, then the one given first.
     Returns {"coco", "voc_11_point", "voc_area": float64 (classes, 10)}, at IoU 0.50, 0.55 ... 0.95;
     NaN for a class without objects to find."""
-    thresholds = np.linspace(0.5, 0.95, 10)
     rules = {"coco": (match_coco, average_coco), "voc_11_point": (match_voc, average_11_point),
              "voc_area": (match_voc, average_area)}
     table = {rule: np.full((classes, 10), np.nan) for rule in rules}
+    order = np.lexsort((-found["score"], found["image"]))              # by image, then by score
+    found = {key: value[order] for key, value in found.items()}
     for c in range(classes):
         objects = {key: value[truth["label"] == c] for key, value in truth.items()}
+        mine = {key: value[found["label"] == c] for key, value in found.items()}
         to_find = int((~objects["difficult"]).sum())
         if to_find == 0:
             continue
-        mine = {key: value[found["label"] == c] for key, value in found.items()}
-        order = np.lexsort((-mine["score"], mine["image"]))            # by image, then by score
-        mine = {key: value[order] for key, value in mine.items()}
-        verdict = {match: np.zeros((10, len(order)), int) for match in (match_coco, match_voc)}
-        images, first, count = np.unique(mine["image"], return_index=True, return_counts=True)
-        for image, a, n in zip(images, first, count):
+        images = []                                    # of each the overlaps, and what is difficult
+        for image in np.unique(mine["image"]):
             here = objects["image"] == image
-            if not here.any():                         # all are false, as they stand: quicker
-                verdict[match_coco][:, a + 100:a + n] = -1
-                continue
-            iou = box_iou(mine["box"][a:a + n], objects["box"][here]).tolist()
-            difficult = objects["difficult"][here].tolist()
-            for match, values in verdict.items():
-                for t, threshold in enumerate(thresholds.tolist()):
-                    values[t, a:a + n] = match(iou, difficult, threshold)
+            iou = box_iou(mine["box"][mine["image"] == image], objects["box"][here])
+            images.append((iou.tolist(), objects["difficult"][here].tolist()))
         ranked = np.argsort(-mine["score"], kind="stable")
-        for rule, (match, average) in rules.items():
-            for t in range(10):
-                curve = precision_recall(verdict[match][t, ranked])
+        for t, threshold in enumerate(np.linspace(0.5, 0.95, 10).tolist()):
+            for rule, (match, average) in rules.items():
+                verdict = [v for image in images for v in match(*image, threshold)]
+                curve = precision_recall(np.array(verdict, int)[ranked])
                 table[rule][c, t] = average(*curve, to_find)
     return table
 
@@ -232,30 +223,29 @@ def read_annotation(path):
     bool (k,)). What a tool left out has VOC's default. Raises InputError with the file's name."""
     try:
         root = ElementTree.parse(path).getroot()
-        width, height = (float(root.findtext(f"size/{side}") or 0) for side in ("width", "height"))
+        size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
         boxes, names, difficult = [], [], []
         for thing in root.iter("object"):
             fields = {field.tag.lower(): (field.text or "").strip() for field in thing}
             boxes.append([float(thing.findtext(f"bndbox/{corner}"))
                           for corner in ("xmin", "ymin", "xmax", "ymax")])
             names.append(fields["name"])
-            hard = fields.get("difficult", "").lower()
-            difficult.append(hard == "true" or hard not in ("", "false") and float(hard) > 0)
+            difficult.append(fields.get("difficult", "").lower() not in ("", "0", "0.0", "false"))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file, though ImageSets names it") from None
-    except (ElementTree.ParseError, TypeError, ValueError, LookupError) as error:
+    except (ElementTree.ParseError, TypeError, ValueError, OverflowError, LookupError) as error:
         raise InputError(f"{path} is no VOC annotation ({sdrnet.first_line(error)})") from None
-    size = (int(width), int(height)) if width and height else None
-    return size, np.array(boxes).reshape(-1, 4), names, np.array(difficult, bool)
+    boxes, difficult = np.array(boxes).reshape(-1, 4), np.array(difficult, bool)
+    return size if all(size) else None, boxes, names, difficult
 
 
 def find_image(folder, name):
-    """JPEGImages/name with any of the endings that images have, in any case. Raises InputError."""
+    """JPEGImages/name with any of the endings that images have. Raises InputError."""
     stem = os.path.join(folder, "JPEGImages", name)
-    for path in sorted(glob.glob(glob.escape(stem) + ".*")):
-        same = os.path.splitext(path)[0] == stem       # a.b.jpg is not an image of the name a
-        if same and path.lower().endswith(sdrnet.SUFFIXES):
-            return path
+    for suffix in sdrnet.SUFFIXES:
+        for path in (stem + suffix, stem + suffix.upper()):
+            if os.path.exists(path):
+                return path
     raise InputError(f"{stem}.jpg (.png, ...): there is no such image, though ImageSets names it")
 
 
@@ -276,7 +266,7 @@ def clip_boxes(boxes, size, path):
 
 class VOC(Dataset):
     """Images with objects. Items (i, short side, mirrored) -> (uint8 (3, H, W) of that short side,
-    its boxes (k, 4)), or the sentence that an image cannot be read.
+    {"boxes": (k, 4), "labels": (k,) from 1 on}), or the sentence that an image cannot be read.
 
     entries: [(folder of a year, image's name), ...] of `read_split`; classes: names, or None for
     those found. Attributes: paths, turned (by EXIF), sizes [(width, height)], boxes, labels,
@@ -330,7 +320,9 @@ class VOC(Dataset):
         if mirrored:
             image = image[:, ::-1].copy()
             boxes = boxes[:, [2, 1, 0, 3]] * (-1, 1, -1, 1) + (width, 0, width, 0)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(boxes).float()
+        target = {"boxes": torch.from_numpy(boxes).float(),
+                  "labels": torch.from_numpy(self.labels[i] + 1)}      # 0 is the background
+        return torch.from_numpy(image).permute(2, 0, 1), target
 
     def truth(self, indices):
         """What `evaluate` takes, of these images; image j being indices[j]."""
@@ -351,8 +343,7 @@ def image_size(path, said):
         reason = sdrnet.first_line(error)
         raise InputError(f"{path} cannot be read as an image ({reason})") from None
     turned = raw[::-1] if orientation in (5, 6, 7, 8) else raw         # quarter turns
-    as_stored = said == raw and raw != turned
-    turns = orientation in range(2, 9) and not as_stored
+    turns = orientation in range(2, 9) and (said != raw or raw == turned)
     size = turned if turns else raw
     if said not in (None, size):
         raise InputError(f"{path} has {size[0]} x {size[1]} pixels, and its annotation says "
@@ -373,12 +364,13 @@ def read_split(voc, sets):
                              "a folder with ImageSets/Main, the split as in test")
         known = os.path.join(folder, "Annotations", "{}.xml").format
         lines = [line.strip() for line in sdrnet.load_names(path) if line.strip()]
-        lines = [line if os.path.exists(known(line)) else line.split()[0] for line in lines]
-        names = [os.path.basename(line.replace("\\", "/")) for line in lines]
-        names = [name if not name.lower().endswith(sdrnet.SUFFIXES) else os.path.splitext(name)[0]
-                 for name in names]
-        entries += [(folder, name) for name in names]
-        if not names:
+        for line in lines:
+            file, word = os.path.basename(line.replace("\\", "/")), line.split()[0]
+            readings = (line, os.path.splitext(line)[0], os.path.splitext(file)[0],
+                        word, os.path.splitext(word)[0])       # a path; of two columns the first
+            name = next((name for name in readings if os.path.exists(known(name))), word)
+            entries.append((folder, name))
+        if not lines:
             raise InputError(f"{path} names no image")
     return entries
 
@@ -440,14 +432,15 @@ class RegionPool(RoIAlign):
         return super().forward(features["0"], proposals)
 
 
-def build_detector(net, classes, side=800, regions=512, amp="auto"):
+def build_detector(net, classes, side=800, quick=False, amp="auto"):
     """Faster R-CNN C4 around a torchvision ResNet: torchvision's FasterRCNN.
 
     net: its BatchNorms are sdrnet.BatchNorm; classes: how many; side: short side of test images, to
-    which the published anchors, of 32 to 512 pixels at 800, are scaled; regions: an image, in
-    training. Train mode: (images, targets) -> dict of losses; eval mode: images -> detections."""
+    which the published anchors, of 32 to 512 pixels at 800, are scaled; quick: fewer proposals and
+    coarser regions. Train mode: (images, targets) -> dict of losses; eval mode: images ->
+    detections."""
     stride = 4 if isinstance(net.maxpool, nn.Identity) else 16         # of stage 3's map
-    small = side <= 256                                # fewer proposals, and coarser regions
+    part = 10 if quick else 1
     head = C4Head(net.layer4, net.features, amp)
     trunk = C4Backbone(net, amp)
     net.layer4 = nn.Identity()
@@ -455,14 +448,13 @@ def build_detector(net, classes, side=800, regions=512, amp="auto"):
     model = FasterRCNN(
         trunk, rpn_anchor_generator=AnchorGenerator((lengths,), ((0.5, 1.0, 2.0),)), box_head=head,
         box_predictor=FastRCNNPredictor(net.features, classes + 1),
-        rpn_pre_nms_top_n_train=1000 if small else 12000,
-        rpn_post_nms_top_n_train=300 if small else 2000,
-        rpn_pre_nms_top_n_test=500 if small else 6000,
-        rpn_post_nms_top_n_test=150 if small else 1000,
-        box_batch_size_per_image=regions, box_nms_thresh=0.5, box_detections_per_img=100)
+        rpn_pre_nms_top_n_train=12000 // part, rpn_post_nms_top_n_train=2000 // part,
+        rpn_pre_nms_top_n_test=6000 // part, rpn_post_nms_top_n_test=1000 // part,
+        box_batch_size_per_image=64 if quick else 512, box_nms_thresh=0.5,
+        box_detections_per_img=100)
     nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.01)      # as published
     nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.001)
-    model.roi_heads.box_roi_pool = RegionPool(7 if small else 14, 1 / stride, 0, aligned=True)
+    model.roi_heads.box_roi_pool = RegionPool(7 if quick else 14, 1 / stride, 0, aligned=True)
     transform = model.transform
     model.transform = AsTheyCome(1, 1, transform.image_mean, transform.image_std)
     for part in (model.rpn, model.roi_heads):
@@ -484,19 +476,16 @@ def copy_backbone(source, path=None, random=False):
         arch = "resnet34" if "layer3.5." in text else "resnet18"
         if "layer1.0.conv3" in text:
             arch = "resnet50"
-        config = dict(arch=arch, widths=[64, 128, 256, 512], stem=64)
-        net = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
-        net.config = config
+        net = sdrnet.resnet(arch, (64, 128, 256, 512), 64, norm_layer=sdrnet.BatchNorm)
         message = sdrnet.load_weights(net, source)
+    digits = None
     if path is not None:
-        message += f", path {path}"
-    digits = None if path is None else sdrnet.read_path(path, net)
+        digits, message = sdrnet.read_path(path, net), f"{message}, path {path}"
     if isinstance(net, sdrnet.SDRNet):
         net = net.extract(digits, sdrnet.BatchNorm)
     if random:
-        config, message = net.config, f"{source}: its shape alone, RANDOM weights"
-        net = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm)
-        net.config = config
+        net = sdrnet.resnet(**net.config, norm_layer=sdrnet.BatchNorm)
+        message = f"{source}: its shape alone, RANDOM weights"
     return net, message
 
 
@@ -520,16 +509,12 @@ def training_batches(data, indices, args, first, last, device):
     usable = [i for i in indices if len(data.boxes[i])]
     share = args.batch_size // sdrnet.world_size()
     mine = slice(share * sdrnet.rank(), share * (sdrnet.rank() + 1))
-
-    def items(step):
-        return training_items(step, args.seed, usable, args.batch_size, args.sides)[mine]
-
-    loaded = sdrnet.load_batches(data, map(items, range(first, last)), args.workers)
-    for step, samples in zip(range(first, last), loaded):
+    items = (training_items(step, args.seed, usable, args.batch_size, args.sides)[mine]
+             for step in range(first, last))
+    for step, samples in enumerate(sdrnet.load_batches(data, items, args.workers), first):
         images = [image.to(device).float() / 255 for image, _ in samples]
-        labels = [torch.from_numpy(data.labels[i] + 1).to(device) for i, _, _ in items(step)]
-        targets = [{"boxes": boxes.to(device), "labels": label}
-                   for (_, boxes), label in zip(samples, labels)]
+        targets = [{key: value.to(device) for key, value in target.items()}
+                   for _, target in samples]
         yield step, images, targets
 
 
@@ -544,9 +529,7 @@ def losses_of(model, images, targets, seed, step):
 
 def learning_rate(step, base, iterations, warmup):
     """Linear warm-up from a thousandth; a tenth after 3/4, a hundredth after 11/12 of the steps."""
-    rate = base
-    if step < warmup:
-        rate = base * (0.001 + 0.999 * step / warmup)
+    rate = base * min(1, 0.001 + 0.999 * step / warmup)
     for share in (3 / 4, 11 / 12):
         if step >= iterations * share:
             rate = rate / 10
@@ -580,11 +563,11 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         done, now = step + 1, time.time()
-        stop, save, broken = sdrnet.on_any(bool(sdrnet.CAUGHT), done == iterations or
-                                           now - saved > 600, not torch.isfinite(loss))
+        save_due = done == iterations or now - saved > 600
+        stop, save, broken = sdrnet.on_any(bool(sdrnet.CAUGHT), save_due, not torch.isfinite(loss))
         if broken:
-            raise InputError(f"iteration {step:,}: the loss is not finite ({float(loss)}): take a "
-                             "lower --lr, or --amp off")
+            raise InputError(f"iteration {step:,}: the loss is not finite: take a lower --lr, or "
+                             "--amp off")
         optimizer.step()
         if done == iterations or now - shown > 20:
             shown = now
@@ -621,30 +604,29 @@ def detect(model, data, indices, args, device):
     rows, batches = [], zip(mine, sdrnet.load_batches(data, items, args.workers))
     for j, ((image, _),) in sdrnet.progress(batches, "detecting: images", len(mine)):
         result, = model([image.to(device).float() / 255])
-        found = {key: value.double().cpu().numpy() for key, value in result.items()}
         height, width = image.shape[1:]
         scale = np.tile(np.divide(data.sizes[indices[j]], (width, height)), 2)
-        n = len(found["scores"])
-        rows.append(np.column_stack([np.full(n, j), found["labels"] - 1, found["scores"],
-                                     found["boxes"].reshape(n, 4) * scale]))
+        boxes = result["boxes"].double().cpu().numpy() * scale
+        for label, score, box in zip(result["labels"].tolist(), result["scores"].tolist(),
+                                     boxes.tolist()):
+            rows.append([j, label - 1, score, *box])
     if sdrnet.world_size() > 1:
         parts = [None] * sdrnet.world_size()
         dist.all_gather_object(parts, rows)
         rows = [row for part in parts for row in part]
-    table = np.concatenate([np.zeros((0, 7)), *rows])
-    table = table[np.argsort(table[:, 0], kind="stable")]
+    table = np.array(sorted(rows, key=lambda row: row[0])).reshape(-1, 7)
     return {"image": table[:, 0].astype(int), "label": table[:, 1].astype(int),
             "score": table[:, 2], "box": table[:, 3:]}
 
 
 def early_stopping(candidates, data, args, device, path, arguments):
     """The paper's choice for detection: each candidate (name, source, digits) trains for
-    args.early_stop iterations on four fifths of the training images, the rest judges.
+    args.early_stop iterations on four fifths of the training images, the rest judges, by coco AP.
 
     path: the table, which is printed too; what it holds is not done again. Returns the best."""
     usable = [i for i in range(len(data)) if not data.difficult[i].all()]          # can be judged
     order = np.random.default_rng([args.seed, 3]).permutation(usable)
-    count = max(1, round(HELD_OUT * len(usable)))
+    count = max(1, round(len(usable) / 5))
     held, rest = order[:count].tolist(), order[count:].tolist()
     if not rest:
         raise InputError(f"early stopping needs two training images with objects, and there is "
@@ -680,7 +662,8 @@ def make_detector(source, digits, data, args, device):
     net, message = copy_backbone(source, digits, args.random)
     sdrnet.print0(message)
     torch.manual_seed(args.seed)                       # the same whatever was drawn above
-    model = build_detector(net, len(data.classes), args.test_side, args.regions, args.amp)
+    quick = args.recipe == "quick"
+    model = build_detector(net, len(data.classes), args.test_side, quick, args.amp)
     return model.to(device)
 
 
@@ -722,9 +705,9 @@ def report(result):
 # ------------------------------------------------------------------------------------ command
 
 RECIPES = {                                            # where no option says otherwise
-    "voc": dict(batch_size=16, iterations=24000, lr=0.02, warmup=100, test_side=800, regions=512,
+    "voc": dict(batch_size=16, iterations=24000, lr=0.02, warmup=100, test_side=800,
                 sides=list(range(480, 801, 32)), precise_bn=200, early_stop=1000),
-    "quick": dict(batch_size=8, iterations=500, lr=0.04, warmup=50, test_side=256, regions=64,
+    "quick": dict(batch_size=8, iterations=500, lr=0.04, warmup=50, test_side=256,
                   sides=[256], precise_bn=20, early_stop=60),
 }
 RUN_ONLY = ("out", "device", "workers", "fresh")       # may change in a run
@@ -792,22 +775,42 @@ def list_candidates(args):
     sources = args.backbone or [os.path.join(args.out, "sdrnet.pt")]
     if not args.scores and (args.backbone or args.path):
         return [(source, source, args.path) for source in sources]
+    if args.scores and (args.path or len(sources) > 1):
+        raise InputError("--scores chooses among the paths of one --backbone: leave out --path and "
+                         "other checkpoints")
     files, count = [args.scores], args.best
     if not args.scores:
         files, count = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy"))), 1
     if not files:
         raise InputError(f"no task was routed in {args.out}: run route.py, or name a --backbone")
     groups = sdrnet.load_checkpoint(sources[0], "sdrnet")["config"]["groups"]
+    tables, candidates = [np.zeros(groups ** sdrnet.STAGES)], []
     for file in files:
-        if not os.path.isfile(file) or np.load(file).shape != (groups ** sdrnet.STAGES,):
-            raise InputError(f"{file}: no scores.npy of the {groups}^4 sub-nets of {sources[0]}")
-    scores, candidates = np.mean([np.load(file) for file in files], axis=0), []
+        try:
+            tables.append(tables[0] + np.load(file))   # fails for another count of sub-nets
+        except (OSError, ValueError, EOFError, TypeError):
+            raise InputError(f"{file}: no scores.npy of the {groups}^4 sub-nets of "
+                             f"{sources[0]}") from None
+    scores = np.mean(tables[1:], axis=0)
     for index in np.argsort(-scores, kind="stable")[:count].tolist():
         digits = ",".join(map(str, sdrnet.index_to_path(index, groups)))
         candidates.append((f"sub-net {index}, path {digits}", sources[0], digits))
         sdrnet.print0(f"sub-net {index}, path {digits}: score {scores[index]:.1f} %, the mean over "
                       f"{len(files)} tasks")
     return candidates
+
+
+def open_images(args):
+    """Training and test images, two VOC. Raises InputError."""
+    classes = [name.strip() for name in args.classes.split(",")] if args.classes else None
+    data = VOC(read_split(args.voc, args.train), classes)
+    tests = VOC(read_split(args.voc, args.test), data.classes)
+    if all(hard.all() for hard in tests.difficult):
+        raise InputError(f"--test {args.test}: all objects are marked difficult: none is to find")
+    both = len(set(data.paths) & set(tests.paths))
+    if both:
+        sdrnet.print0(f"warning: {both} of {len(tests)} test images are training images too")
+    return data, tests
 
 
 def run(args):
@@ -819,14 +822,7 @@ def run(args):
         args.train = "2007:trainval"
     fill_defaults(args)
     candidates = list_candidates(args)
-    classes = [name.strip() for name in args.classes.split(",")] if args.classes else None
-    data = VOC(read_split(args.voc, args.train), classes)
-    tests = VOC(read_split(args.voc, args.test), data.classes)
-    if all(hard.all() for hard in tests.difficult):
-        raise InputError(f"--test {args.test}: all objects are marked difficult: none is to find")
-    both = len(set(data.paths) & set(tests.paths))
-    if both:
-        sdrnet.print0(f"warning: {both} of {len(tests)} test images are training images too")
+    data, tests = open_images(args)
     values = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()))
     sdrnet.print0(f"{len(data):,} training and {len(tests):,} test images, {len(data.classes)} "
                   f"classes; {values}")
@@ -834,6 +830,8 @@ def run(args):
     place = functools.partial(os.path.join, folder)
     arguments = {key: value for key, value in vars(args).items() if key not in RUN_ONLY}
     arguments["candidates"] = [name for name, _, _ in candidates]
+    arguments["weights"] = [hashlib.sha256(Path(source).read_bytes()).hexdigest()
+                            for _, source, _ in candidates]
     if sdrnet.rank() == 0:
         sdrnet.make_folder(folder)
         for name in ("metrics.json", "early_stopping.json", "last.pt"):
@@ -864,7 +862,7 @@ def run(args):
         draw_detections(tests, found, place("detections.png"))
         sdrnet.save_checkpoint(place("detector.pt"), {
             "kind": "detector", "config": {"classes": data.classes, "test_side": args.test_side,
-                                           "regions": args.regions},
+                                           "quick": args.recipe == "quick"},
             "backbone": model.backbone.net.config, "model": model.state_dict()})
         content = {"backbone": name, "path": digits, "arguments": arguments, "result": result,
                    "command": " ".join(sys.argv), "torch": str(torch.__version__)}

@@ -4,7 +4,7 @@
     python route.py --out runs/photos --task pets/ --task cars/
     python route.py --out runs/in1k --task aircraft --task dtd --root /datasets --probe
     torchrun --nproc_per_node 8 route.py --out runs/in1k --task aircraft ... # tasks are shared out
-    python route.py --network runs/toy/simsiam.pt            # any network of ours, for comparison
+    python route.py --network runs/toy/simsiam.pt --out runs/simsiam     # any network of ours
 
 In the paper's terms (SDR, "deployment"): a k-nearest-neighbour classifier on frozen features scores
 every sub-net W_i. What CHOOSES is its leave-one-out score on the task's training images: each is
@@ -30,7 +30,6 @@ Deviations from the paper: it does not say on which images the kNN scores are ta
 import argparse
 import functools
 import hashlib
-import json
 import math
 import os
 import sys
@@ -41,7 +40,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import minimize
 from torch.utils.data import ConcatDataset, Dataset, Subset
@@ -192,16 +190,14 @@ def voc_labels(path):
 
 def limit_training(task, most):
     """The task with at most `most` training images, of each class as many as of the others."""
-    labels = task.train_labels
-    if len(labels) <= most:
+    labels, n = task.train_labels, len(task.train_labels)
+    if n <= most:
         return task
-    order = np.random.default_rng(0).permutation(len(labels))
-    seen, place = {}, np.zeros(len(labels), int)       # each image's place within its class
-    for i in order:
-        key = int(labels[i]) if labels.dim() == 1 else 0
-        seen[key] = seen.get(key, -1) + 1
-        place[i] = seen[key]
-    chosen = np.sort(order[np.argsort(place[order], kind="stable")][:most])
+    kinds = labels.numpy() if labels.dim() == 1 else np.zeros(n, int)
+    drawn = np.random.default_rng(0).permutation(n).argsort()          # each image's turn
+    by_class = np.lexsort((drawn, kinds))
+    turn = np.arange(n) - np.searchsorted(kinds[by_class], kinds[by_class])    # in its class
+    chosen = np.sort(by_class[np.lexsort((drawn[by_class], turn))[:most]])
     return task._replace(train=Subset(task.train, chosen.tolist()), train_labels=labels[chosen])
 
 
@@ -237,7 +233,7 @@ def measure(shares, labels, metric):
         right = (shares.argmax(1) == labels).double()
         if metric == "top-1":
             return 100 * right.mean().item()
-        return 100 * float(np.mean([right[labels == c].mean().item() for c in labels.unique()]))
+        return 100 * (torch.bincount(labels, right) / torch.bincount(labels)).nanmean().item()
     precisions = []
     for scores, truth in zip(shares.T, labels.T):
         scores, truth = scores[truth >= 0], truth[truth >= 0]
@@ -566,13 +562,15 @@ def run(args):
     if not args.task:
         folder = os.path.join(sdrnet.toy_folder(), "tasks")
         args.task = sorted(entry.path for entry in os.scandir(folder))
-    tasks = [open_task(name, args.image_size, args.root, args.download) for name in args.task]
-    names = [task.name for task in tasks]
+        sdrnet.print0(f"no --task: the toy tasks of {folder}")
+    names = [os.path.basename(os.path.abspath(name)) for name in args.task]
     if len(set(names)) < len(names):
         raise InputError(f"--task: two are named {max(names, key=names.count)}, and each gets a "
                          "folder of its name in --out: rename one")
-    mine = tasks[sdrnet.rank()::sdrnet.world_size()]
-    results = [route_task(net, limit_training(task, args.max_train), args, device) for task in mine]
+    tasks = [open_task(name, args.image_size, args.root, args.download)
+             for name in args.task[sdrnet.rank()::sdrnet.world_size()]]        # shared out
+    tasks = [limit_training(task, args.max_train) for task in tasks]
+    results = [route_task(net, task, args, device) for task in tasks]
     if sdrnet.world_size() > 1:
         parts = [None] * sdrnet.world_size()
         dist.all_gather_object(parts, results)

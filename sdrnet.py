@@ -52,6 +52,7 @@ Not known from the paper, so chosen here: the widths of the groups, the stem, Ba
 """
 import argparse
 import ctypes
+import datetime
 import functools
 import itertools
 import json
@@ -61,6 +62,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -176,7 +178,8 @@ def setup(device="auto", seed=0):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=7))    # tasks differ in length
     torch.manual_seed(seed)
     return torch.device(device)
 
@@ -195,10 +198,8 @@ def has_bf16(device_type):
     """Whether this machine's "cpu" or "cuda" computes in bf16; emulated it would be slow."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not os.path.exists("/proc/cpuinfo"):
-        return False
-    with open("/proc/cpuinfo") as file:
-        flags = file.read()
+    said = Path("/proc/cpuinfo")
+    flags = said.read_text() if said.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
@@ -271,12 +272,8 @@ def batch_norm(x, weight, bias, eps):
         var = torch.ones_like(mean)                    # momentum 1: the batch's are written there
         return F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps), mean, var
     mean, var, n = sync_moments(x.to(wide))
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + bias
+    scale = torch.rsqrt(var + eps) * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
     shape = (1, -1) + (1,) * (x.dim() - 2)
     y = x * scale.view(shape) + shift.view(shape)
     return y.to(x.dtype), mean, var * n / (n - 1)
@@ -335,7 +332,8 @@ def resnet(arch, widths, stem, small_stem=False, norm_layer=nn.BatchNorm2d):
     arch: resnet18, resnet34, resnet50; widths: planes of the four stages, torchvision's being
     (64, 128, 256, 512), of which a bottleneck puts out four times as many; stem: channels of the
     first convolution; small_stem: 3x3 of stride 1 and no pooling, for small images. As in
-    SimSiam's code the last BatchNorm of each residual starts at 0."""
+    SimSiam's code the last BatchNorm of each residual starts at 0. resnet(**config), config being
+    its attribute, builds it again."""
     block, depths = ARCHS[arch]
     net = ResNet(block, (1, 1, 1, 1), norm_layer=norm_layer)
     net.inplanes = stem
@@ -349,6 +347,7 @@ def resnet(arch, widths, stem, small_stem=False, norm_layer=nn.BatchNorm2d):
         setattr(net, f"layer{s + 1}", stage)
     net.fc = nn.Identity()
     net.features = widths[-1] * block.expansion
+    net.config = dict(arch=arch, widths=list(widths), stem=stem, small_stem=small_stem)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -495,16 +494,14 @@ class SDRNet(nn.Module):
     def extract(self, path=None, norm_layer=nn.BatchNorm2d):
         """The sub-net of a path (None: W_0) as torchvision's ResNet in eval mode, equal outputs.
 
-        resnet(**config) builds it again, config being its attribute. Where a ResNet-18's first
-        block selects channels of the stem, it has a 1x1 convolution of zeros and ones, whose
-        BatchNorm does nothing in eval mode; trained further it normalises like any other."""
+        Where a ResNet-18's first block selects channels of the stem, it has a 1x1 convolution of
+        zeros and ones, whose BatchNorm does nothing in eval mode; trained further it normalises
+        like any other."""
         widths = self.widths
         if path is not None:
             widths = [sum(split(width, self.groups, self.shared)) for width in widths]
-        config = dict(arch=self.config["arch"], widths=widths, stem=self.config["width"],
-                      small_stem=self.config["small_stem"])
-        plain = resnet(**config, norm_layer=norm_layer).to(self.resnet.conv1.weight.device)
-        plain.config = config
+        plain = resnet(self.config["arch"], widths, self.config["width"],
+                       self.config["small_stem"], norm_layer).to(self.resnet.conv1.weight.device)
         copy_layer((plain.conv1, plain.bn1), self.resnet.conv1, self.resnet.bn1)
         for s in range(STAGES):
             row, targets = self.row(s, path), getattr(plain, f"layer{s + 1}")
@@ -702,7 +699,6 @@ def load_network(path, norm_layer=nn.BatchNorm2d):
     try:
         if content["kind"] == "subnet":
             net = resnet(**content["config"], norm_layer=norm_layer)
-            net.config = content["config"]
             net.load_state_dict(content["backbone"])
             return net.eval()
         net = SDRNet(**content["config"])
@@ -720,25 +716,29 @@ def load_weights(net, path):
 
     They may lie under "backbone", "state_dict" or "model" and a prefix such as module.encoder_q.,
     in half precision, with a classifier or without. Returns "loaded N of N tensors ...". Raises
-    InputError, naming a key, where one is missing or of another shape: nothing loads in part."""
+    InputError, naming a key, where one is missing, left over or of another shape: nothing loads in
+    part."""
     state = read_torch_file(path)
     for key in ("backbone", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     items = state.items() if isinstance(state, dict) else ()
-    state = {key: value for key, value in items if torch.is_tensor(value)}
-    keys = [key for key in state if str(key).endswith("conv1.weight")]
-    if not keys:
+    state = {str(key): value for key, value in items if torch.is_tensor(value)}
+    prefixes = [key.removesuffix("conv1.weight") for key in state if key.endswith("conv1.weight")]
+    if not prefixes:
         raise InputError(f"{path} holds no ResNet's weights: no key ends in conv1.weight")
     wanted = {key: value for key, value in net.state_dict().items() if not key.startswith("fc.")}
     needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
 
     def missing(prefix):
         return [prefix + key for key in needed if prefix + key not in state]
-    prefixes = [key.removesuffix("conv1.weight") for key in keys]
     prefix = min(prefixes, key=lambda prefix: len(missing(prefix)))
-    if missing(prefix):
-        raise InputError(f"{path} lacks {missing(prefix)[0]}: another architecture's?")
+    stages = tuple(f"{prefix}layer{s}." for s in (1, 2, 3, 4))
+    wrong = [f"lacks {key}" for key in missing(prefix)]
+    wrong += [f"holds {key}, which the network here lacks" for key in state
+              if key.startswith(stages) and key.removeprefix(prefix) not in wanted]
+    if wrong:
+        raise InputError(f"{path} {wrong[0]}: another architecture's?")
     found = {key: state.get(prefix + key, value) for key, value in wanted.items()}
     for key, value in found.items():
         if value.shape != wanted[key].shape:

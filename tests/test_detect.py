@@ -155,7 +155,9 @@ def write_voc(folder, xml, image="a.jpg", listing=b"a\n", size=(40, 30), orienta
 
 def holds_its_object(data):
     """Whether the box is where the white square is."""
-    image, boxes = data[0, 30, False]
+    image, target = data[0, 30, False]
+    boxes = target["boxes"]
+    assert target["labels"].tolist() == [1]
     x1, y1, x2, y2 = boxes[0].round().int().tolist()
     inside = image[0, y1 + 1:y2 - 1, x1 + 1:x2 - 1].float()
     return inside.mean() > 230 and image.float().mean() < 60
@@ -175,6 +177,7 @@ CASES = {                                              # xml, more of write_voc
     "a mark, CRLF": (SQUARE.format(extra=""), {"listing": b"\xef\xbb\xbfa\r\n\r\n"}),
     "a second column": (SQUARE.format(extra=""), {"listing": b"a  -1\n"}),
     "an ending in the listing": (SQUARE.format(extra=""), {"listing": b"a.jpg 1\n"}),
+    "a path in the listing": (SQUARE.format(extra=""), {"listing": b"images\\a.jpg\n"}),
     "upside down": (SIZE + SQUARE.format(extra=""), {"orientation": 3}),
     "lying, a square": (SQUARE.format(extra=""), {"orientation": 6, "size": (40, 40)}),
     "lying": (SIZE + SQUARE.format(extra=""), {"orientation": 6}),
@@ -186,9 +189,10 @@ def test_annotations_are_read_as_their_tools_mean_them(tmp_path, name):
     xml, more = CASES[name]
     data = write_voc(tmp_path, xml, **more)
     assert data.classes == ["ink"] and holds_its_object(data)
-    mirrored, boxes = data[0, 30, True]
+    (_, plain), (mirrored, turned) = data[0, 30, False], data[0, 30, True]
     assert mirrored[0, 10, 40 if mirrored.shape[2] > 45 else mirrored.shape[2] - 15] > 200
-    assert boxes[0, 0] == pytest.approx(mirrored.shape[2] - float(data[0, 30, False][1][0, 2]))
+    right = float(plain["boxes"][0, 2])
+    assert turned["boxes"][0, 0] == pytest.approx(mirrored.shape[2] - right)
 
 
 def test_a_raster_that_fits_its_annotation_only_as_it_lies_is_not_turned(tmp_path):
@@ -212,8 +216,9 @@ def test_the_image_of_a_name_is_its_own(tmp_path):
     assert os.path.basename(data.paths[0]) == "a.jpg" and holds_its_object(data)
     os.rename(tmp_path / "Annotations" / "a.xml", tmp_path / "Annotations" / "photo 1.xml")
     os.rename(tmp_path / "JPEGImages" / "a.jpg", tmp_path / "JPEGImages" / "photo 1.jpg")
-    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("photo 1\n")
-    assert holds_its_object(detect_voc.VOC(detect_voc.read_split(str(tmp_path), "train")))
+    for listing in ("photo 1\n", "photo 1.jpg\n", "photo 1.jpg 1\n"):
+        (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(listing)
+        assert holds_its_object(detect_voc.VOC(detect_voc.read_split(str(tmp_path), "train")))
 
 
 def test_boxes_may_leave_the_image_by_a_pixel(tmp_path):
@@ -232,6 +237,7 @@ WRONG = {"no area": (box(9, 5, 3, 15), "a.xml: box [9.0, 5.0, 3.0, 15.0] has no 
          "no name": ("<object></object>", "a.xml is no VOC annotation"),
          "no object": ("", "no image of the split has an object"),
          "not XML": ("<", "a.xml is no VOC annotation"),
+         "a size of nan": (SIZE.replace("40", "nan") + box(1, 1, 4, 9), "is no VOC annotation"),
          "size": (SIZE.replace("40", "9") + box(1, 1, 4, 9), "says 9 x 30")}
 
 
@@ -267,7 +273,7 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path):
 def tiny_detector():
     torch.manual_seed(0)
     net = sdrnet.resnet("resnet18", (8, 16, 32, 64), 8, norm_layer=sdrnet.BatchNorm)
-    return detect_voc.build_detector(net, 3, side=64, regions=16, amp="off").double()
+    return detect_voc.build_detector(net, 3, side=64, quick=True, amp="off").double()
 
 
 def gradients(world):
@@ -355,6 +361,11 @@ def test_the_sub_net_is_the_one_asked_for(scenes, tmp_path):
     np.save(tmp_path / "scores.npy", np.zeros(256))
     with pytest.raises(sdrnet.InputError, match="2.4 sub-nets"):       # of a network of g = 4
         candidates(scenes, "--scores", tmp_path / "scores.npy")
+    (tmp_path / "scores.npy").write_bytes(b"")
+    with pytest.raises(sdrnet.InputError, match="no scores.npy"):
+        candidates(scenes, "--scores", tmp_path / "scores.npy")
+    with pytest.raises(sdrnet.InputError, match="leave out --path"):
+        candidates(scenes, "--scores", scenes / "task" / "scores.npy", "--path", "0,1,1,0")
 
 
 def run(*options):

@@ -303,6 +303,8 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path):
     cases = {"lacks layer4.1.bn2.bias": short, "holds no ResNet": torch.zeros(3),
              "layer1.0.conv1.weight is (5, 8, 3, 3)": {
                  **wrong, "layer1.0.conv1.weight": torch.zeros(5, 8, 3, 3)},
+             "holds layer3.2.conv1.weight, which": {
+                 **wrong, "layer3.2.conv1.weight": torch.zeros(32, 32, 3, 3)},
              "no key ends in conv1.weight": {"a": torch.zeros(1)}}
     for said, content in cases.items():
         torch.save(content, tmp_path / "w.pth")
