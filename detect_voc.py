@@ -9,7 +9,7 @@
 In the paper's terms (SDR, AAAI 2022, "deployment"): the backbone is a sub-net W_i, and the whole
 detector is fine-tuned. Early stopping chooses among several --backbone, or the --best sub-nets of a
 scores.npy: each trains for --early-stop iterations on four fifths of the training images, is judged
-on the rest, and the best starts over on all. --random keeps the shape alone.
+on the rest by coco AP, and the best starts over on all. --random keeps the shape alone.
 
 Detector (C4): stages 1 to 3 of the ResNet -> proposals (RPN) -> RoIAlign -> stage 4, one more
 BatchNorm, mean -> class and box. Nothing is frozen, BatchNorm counts all processes.

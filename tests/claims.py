@@ -8,16 +8,18 @@ Out:  <results>/claims.md      for each pool the claims with a verdict, all rows
       <results>/<pool>_*.png   a figure a claim, of what was measured; with matplotlib
 
 Scores are kNN accuracies on test images in percent, detection's AP in percent by COCO's rule. A
-mean counts the tasks that chose no settings; a verdict says in how many seeds, or tasks, a
-difference is above 0. ± is the standard deviation of seeds, or of tasks.
+mean counts the tasks that chose no settings; a verdict says in how many seeds, tasks, or cases (a
+task in a seed) a figure is above 0. ± is the standard deviation of these.
 """
 import argparse
 from pathlib import Path
 
 import numpy as np
 
-from reproduce import COST, CURRENCIES, IMAGES, POOLS, RESULTS, ROWS, read_lines, rows_of
+from reproduce import CURRENCIES, POOLS, RESULTS, ROWS, read_lines, rows_of
 
+PARTS = ("sdr", "no_kd", "l2", "shared_heads", "no_phases", "literal", "random", "one", "narrow")
+SIZES = ("k1", "k16", "k81", "k256")                   # of claim 8
 # ------------------------------------------------------------------------------------ numbers
 
 
@@ -63,7 +65,7 @@ def verdict(gains, of="seed"):
     if not gains:
         return "not measured"
     if len(gains) == 1:
-        return f"{'above' if above else 'below'}, in the one {of}"
+        return f"{'above' if above else 'not above'}, in the one {of}"
     word = "in"
     if above in (0, len(gains)):
         word = "holds," if above else "does not hold,"
@@ -101,21 +103,20 @@ def claims(data):
     claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
     runs = [(line["tasks"][task], line["clusters"][task])
             for line in data.rows.get("sdr", {}).values() for task in tasks]
-    noise = [(one["mean"] * (100 - one["mean"]) / one["images"]) ** 0.5 for one, _ in runs]
-    agree = spread(100 * one.get("correlation", 0.0) for one, _ in runs)
-    claim("4: sub-nets differ on a task: std of test scores, above noise; correlation of "
-          f"leave-one-out and test scores, %: {agree}",
-          [np.std(one["tests"]) - by_chance for (one, _), by_chance in zip(runs, noise)], "task")
+    claim("4: sub-nets differ on a task: their leave-one-out and test scores, of different images, "
+          "correlate, %", [100 * one.get("correlation", 0.0) for one, _ in runs], "case")
     claim("5: the chosen cluster holds more of the task's kind than the pool, % points",
-          [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs], "task")
+          [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs], "case")
+    claim("5: the chosen sub-net over the mean of all",
+          [one["routed"] - one["mean"] for one, _ in runs], "case")
     claim("6: SDR's sub-net detects better, AP", data.gains("detect_sdr", "detect_simsiam"))
     for row in PARTS[1:]:
         claim(f"7: SDR over {ROWS[row].text}", data.gains("sdr", row))
-    for row, text in (("one", "1"), ("k16", "16"), ("k81", "81")):
-        claim(f"8: k = 256 over k = {text}", data.gains("k256", row))
-    least = [line["least_sub_std"] for row in ("scratch", "scratch_no_phases")
-             for line in data.rows.get(row, {}).values()]
-    claim(f"9: from scratch, phases over none; least std {' '.join(f'{x:.2f}' for x in least)}",
+    for row in SIZES[:-1]:
+        claim(f"8: k = 256 over k = {row[1:]}", data.gains("k256", row))
+    ends = [f"{line['sub_std']:.2f}" for row in ("scratch", "scratch_no_phases")
+            for line in data.rows.get(row, {}).values()]
+    claim(f"9: from scratch, with phases over without; std of sub-nets at the end {' '.join(ends)}",
           data.gains("scratch", "scratch_no_phases"))
     return rows
 
@@ -133,11 +134,10 @@ def row_table(data):
             comparable = subnets and row.epochs == (0, 1) and row.start == "base"
             cells.append(spread(data.gains(name, other), "+") if comparable else "")
         lines = data.rows[name].values()
-        images = np.mean([line.get("images", 0) for line in lines]) / 1000
-        cost = images * COST / IMAGES if subnets else images
-        body.append([row.text, *cells, len(lines), f"{images:,.0f}", f"{cost:,.0f}"])
+        images = [line["images"] / 1000 for line in lines if "images" in line]     # not detection's
+        body.append([row.text, *cells, len(lines), f"{np.mean(images):,.0f}" if images else ""])
     return table(["row", "routed, or alone", "its largest", "mean sub-net", "best by test",
-                  "- SimSiam, epochs", "images", "cost", "seeds", "1000 images", "cost"], body)
+                  "over SimSiam, epochs", "... images", "... cost", "seeds", "1000 images"], body)
 
 
 def task_table(data):
@@ -157,10 +157,6 @@ def task_table(data):
 
 
 # ------------------------------------------------------------------------------------ figures
-
-PARTS = ("sdr", "no_kd", "l2", "shared_heads", "no_phases", "literal", "random", "one", "narrow")
-SIMSIAM = tuple(CURRENCIES)
-
 
 def plot_gains(axes, data, against, rows):
     """Points of rows over another row, on each task; hatched what saw the task's own kind alone."""
@@ -232,8 +228,8 @@ def figures(data, results):
         "2_gains": (plot_gains, "simsiam", ["simsiam_images", "simsiam_cost", "random", "sdr"]),
         "3_subnets": (plot_subnets,),                  # and claims 4 and 5
         "6_detection": (plot_rows, ["detect_sdr", "detect_simsiam"]),
-        "7_parts": (plot_rows, [*PARTS, *SIMSIAM]),
-        "8_clusters": (plot_rows, ["one", "k16", "k81", "k256"]),
+        "7_parts": (plot_rows, [*PARTS, *CURRENCIES]),
+        "8_clusters": (plot_rows, SIZES),
         "9_scratch": (plot_rows, ["scratch", "scratch_no_phases"]),
         "epochs": (plot_rows, [f"{name}{time}" for time in ("_half", "", "_double")
                                for name in ("sdr", "simsiam")]),
@@ -260,10 +256,13 @@ def render(results):
         if not data.rows:
             continue
         commits, seeds = ({line[key] for line in data.lines} for key in ("commit", "seed"))
+        rows = claims(data)
+        lacking = "; ".join(text for text, measured, _ in rows if not measured)
         parts += [f"## {pool}\n", f"Seeds {sorted(seeds)}; commits {', '.join(sorted(commits))}; "
-                  "kNN accuracy on test images, %; tasks with * chose settings, and no mean counts "
-                  "them.\n",
-                  table(["claim", "measured", "verdict"], claims(data)), row_table(data),
+                  "kNN accuracy on test images, %."
+                  + " Tasks with * chose settings: no mean counts them." * bool(data.tuning) + "\n",
+                  table(["claim", "measured", "verdict"], [row for row in rows if row[1]]),
+                  *[f"Not measured: {lacking}.\n"] * bool(lacking), row_table(data),
                   task_table(data)]
         figures(data, results)
     (results / "claims.md").write_text("# The claims, by tests/claims.py\n\n" + "\n".join(parts))

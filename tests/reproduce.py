@@ -1,24 +1,24 @@
 """reproduce.py - the runs behind the paper's claims, by the scripts' own command lines.
 
-    python tests/reproduce.py --pool toy                       # all rows, seeds 3 4 5: hours
-    python tests/reproduce.py --pool domains --packs PACKS --seeds 3 --only simsiam sdr
-    python tests/reproduce.py --pool domains --packs PACKS --seeds 10 --try lr="--lr 0.5"
-    python tests/claims.py                                     # tables and figures from the lines
+    python tests/reproduce.py --pool toy --results runs/mine   # all rows, seeds 3 4 5: hours
+    python tests/reproduce.py --pool toy --results runs/mine --seeds 3 --only base simsiam sdr
+    python tests/reproduce.py --pool domains --packs PACKS --try mine="--lr 0.5"
+    python tests/claims.py --results runs/mine                 # tables and figures
 
-Pools: toy (drawn); domains (PACKS/domains and PACKS/tiny-imagenet: signs, sketches, cartoons,
-hands, photographs); photographs (PACKS/tiny-imagenet, tasks PACKS/tin_tasks). A row is one run of
-pretrain.py and of route.py on all tasks of the pool; ROWS lists them, in the order in which they
-are run. All rows of a seed go on from its row `base`, SimSiam from scratch, and its clusters.
+Pools: toy (drawn); domains (PACKS/domains, /tiny-imagenet, /tin_tasks: signs, sketches, cartoons,
+hands, photographs); photographs (PACKS/tiny-imagenet, /tin_tasks). A row is one run of pretrain.py
+and of route.py on all tasks of the pool; ROWS lists them, in the order in which they are run. All
+rows of a seed go on from its row `base`, SimSiam from scratch, and its clusters, with views and
+orders of epochs that `base` has not seen (its seed and 100).
 
 Currencies. What SDR is compared with is SimSiam, continued from the same `base` for
     epochs  as many images of the largest network as SDR's
     images  as many images as SDR forwards with gradient, through any network
     cost    as many images as take SDR's time; an SDR step costs 4.7 SimSiam steps (bench.py step)
 
-Resumable: a row whose line stands in tests/results/claims.jsonl is not run again, an unfinished one
-goes on from its last state in --work. --try writes to tests/results/tried.jsonl: settings are
-chosen on seeds 10 and 11 and on the tasks of TUNING, which no claim counts. A change of the method
-voids the lines of the commits before it: remove them.
+Resumable: a row whose line stands in <results>/claims.jsonl is not run again, an unfinished one
+goes on from its last state in --work. --try writes to <results>/tried.jsonl, on seeds 10 and 11: no
+claim counts these. A change of the method voids the lines of the commits before it: remove them.
 """
 import argparse
 import itertools
@@ -39,7 +39,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import sdrnet                                          # after the lines that say where it is
+import pretrain                                        # after the lines that say where it is
+import sdrnet
 import toy
 
 # ------------------------------------------------------------------------------------ what is run
@@ -48,6 +49,7 @@ OPTIONS = ("--width 16 --no-small-stem --image-size 32 --head 512 --batch-size 6
            "--weight-decay 5e-4 --blur 0")             # pretrain.py's toy recipe, for every pool
 IMAGES = 1 + 4 / 2 * 7 / 8                             # a step's, in B: 4 halves in 7 of 8
 COST = 1 + 3.7 * 7 / 8                                 # and what it costs, in SimSiam steps
+ONE = 15                                               # path (1, 1, 1, 1) of g = 2
 CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
               "simsiam_cost": "equal cost"}            # rows that SDR is compared with
 
@@ -80,7 +82,7 @@ POOLS = {
 
 class Row(NamedTuple):
     """epochs: of Pool.base, of Pool.more; start: the row whose network it starts from; clusters:
-    balanced, random (the same sizes), one (a single path for all images), or k; subset: a kind;
+    balanced, random (the same sizes), one (all images on sub-net ONE), or k; subset: a kind;
     backbone: the checkpoint that detects toy scenes; nothing else is trained then."""
     text: str
     epochs: tuple = (0, 1)
@@ -101,9 +103,11 @@ ROWS = {
     "shared_heads": Row("SDR, one set of heads", clusters="balanced", options="--shared-heads"),
     "no_phases": Row("SDR without phases", clusters="balanced", options="--phases 0,0,0,0,1"),
     "random": Row("SDR, random clusters of the same sizes", clusters="random"),
-    "one": Row("SDR, one path for all images (k = 1)", clusters="one"),
-    "narrow": Row("SimSiam, the sub-net's width throughout, from scratch", (1, 1),
-                  options="--width 12", start=None),
+    "one": Row("SDR, one sub-net for all images", clusters="one"),
+    "base_narrow": Row("SimSiam of the sub-net's width, where the next goes on from", (1, 0),
+                       options="--width 12", start=None),
+    "narrow": Row("SimSiam of the sub-net's width, equal images", (0, IMAGES),
+                  options="--width 12", start="base_narrow"),
     "simsiam_third": Row("SimSiam on all, a third of the images", (0, 1 / 3)),
     "simsiam_half": Row("SimSiam, half of the epochs", (0, 1 / 2)),
     "sdr_half": Row("SDR, half of the epochs", (0, 1 / 2), clusters="balanced"),
@@ -111,9 +115,10 @@ ROWS = {
     "sdr_double": Row("SDR, twice the epochs", (0, 2), clusters="balanced"),
     "l2": Row("SDR, L2 in SiamKD's place", clusters="balanced", options="--distill l2"),
     "literal": Row("SDR, phases read literally", clusters="balanced", options="--phases-literal"),
-    "k81": Row("SDR, k = 81", clusters="81", options="--shared 0.4375"),
-    "k256": Row("SDR, k = 256", clusters="256", options="--shared 0.5"),
+    "k1": Row("SDR, k = 1, its sub-net of 5/8", clusters="one", options="--shared 0.25"),
     "k16": Row("SDR, k = 16, sub-nets of 5/8", clusters="balanced", options="--shared 0.25"),
+    "k81": Row("SDR, k = 81, sub-nets of 5/8", clusters="81", options="--shared 0.4375"),
+    "k256": Row("SDR, k = 256, sub-nets of 5/8", clusters="256", options="--shared 0.5"),
     "scratch": Row("SDR from scratch", (1, 1), clusters="balanced", start=None),
     "scratch_no_phases": Row("SDR from scratch, without phases", (1, 1), clusters="balanced",
                              options="--phases 0,0,0,0,1", start=None),
@@ -159,6 +164,9 @@ def open_pool(job):
         if not (where / "toy/images").exists():
             toy.draw(where / "toy", job.seed)
         return where / "toy/images", [where / "toy/tasks" / name for name in kind_of]
+    for name in ("tiny-imagenet", "tin_tasks", *["domains"] * (job.pool == "domains")):
+        if not (packs / name).is_dir():
+            raise sdrnet.InputError(f"no {packs / name}: name the folder of image packs by --packs")
     photographs = packs / "tiny-imagenet/images"
     tasks = [packs / "tin_tasks" / name for name in kind_of if name.startswith("tin_")]
     if job.pool == "photographs":
@@ -193,22 +201,24 @@ def epochs_of(job):
     return base * POOLS[job.pool].base + more * POOLS[job.pool].more
 
 
-def images_of(job):
-    """Images that are forwarded with gradient, through any network."""
-    a_step = 1
-    if job.row.clusters:
-        a_step = 3 if "--phases 0,0,0,0,1" in job.row.options else IMAGES
+def images_of(job, command):
+    """Images that pretrain.py's command line forwards with gradient, through any network."""
+    args, a_step = pretrain.build_parser().parse_args(command[1:]), 1
+    if args.clusters:
+        split = 1 - args.phases[0] / sum(args.phases)
+        of_subnets = args.subnets * (args.sub_batch or args.batch_size // 2)
+        a_step += split * of_subnets / args.batch_size
     return a_step * epochs_of(job) * len(kinds_of(job))
 
 
 def save_clusters(job):
-    """The path of a row's clusters.npy: the base's, or of it made over and saved."""
+    """The path of a row's clusters.npy: that of `base`, or one made from it and saved."""
     path = job.where / job.name / "clusters.npy"
     clusters = np.load(job.where / "base/clusters.npy")
     if job.row.clusters == "random":
         np.save(path, np.random.default_rng([job.seed, 9]).permutation(clusters))
     elif job.row.clusters == "one":
-        np.save(path, np.full_like(clusters, 15))      # path (1, 1, 1, 1) of g = 2
+        np.save(path, np.full_like(clusters, ONE))
     else:
         path = job.where / "base/clusters.npy"
     return path
@@ -227,7 +237,8 @@ def commands_of(job):
     from_scratch, simsiam, sdr = POOLS[job.pool].lr
     rate = from_scratch if row.start is None else sdr if row.clusters else simsiam
     network = "byol.pt" if "byol" in row.options else "simsiam.pt"
-    train = ["pretrain.py", "--data", images, "--out", target, "--seed", job.seed, "--workers", 0,
+    seed = job.seed + 100 * (row.start is not None)    # not again what `base` has seen
+    train = ["pretrain.py", "--data", images, "--out", target, "--seed", seed, "--workers", 0,
              *OPTIONS.split(), "--lr", rate, *row.options.split(), *job.options.split(),
              "--init", job.where / row.start / network if row.start else "none"]
     if row.subset:
@@ -260,7 +271,7 @@ def run_job(job, commit):
         command = [str(part) for part in command]
         print(f"  {command[0]} -> {target}/log.txt", flush=True)
         if command[0] in ("pretrain.py", "detect_voc.py"):
-            training = " ".join(command).replace(f"{job.where}/", "")
+            training = command
         with open(target / "log.txt", "a") as log:
             code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log,
                                   stderr=subprocess.STDOUT).returncode
@@ -268,29 +279,40 @@ def run_job(job, commit):
             raise sdrnet.InputError(f"{' '.join(command)} ended with {code}: see {target}/log.txt")
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
     line = {"pool": job.pool, "seed": job.seed, "row": job.name, "commit": commit,
-            "torch": str(torch.__version__), "machine": platform.platform(), "command": training,
+            "torch": str(torch.__version__), "machine": platform.platform(),
+            "bf16": sdrnet.has_bf16("cpu"), "command": shorten(training, job),
             "minutes": (time.time() - began) / 60, "cpu_minutes": used / 60}
     if job.row.backbone:
         metrics = json.loads((target / "detection/metrics.json").read_text())
         return line | {"tasks": {"scenes": {"largest": metrics["result"]["coco"]["AP"]}}}
-    tasks = {task: read_result(target / task) for task in POOLS[job.pool].kind_of}
-    line |= {"epochs": epochs_of(job), "images": images_of(job), "tasks": tasks}
+    only = ONE if job.row.clusters == "one" else None
+    tasks = {task: read_result(target / task, only) for task in POOLS[job.pool].kind_of}
+    line |= {"epochs": epochs_of(job), "images": images_of(job, training), "tasks": tasks}
     if job.row.clusters:
         line["clusters"] = describe_clusters(job, tasks)
-        line["least_sub_std"] = min(log.get("sub_std", 9.0)
-                                    for log in read_lines(target / "sdrnet.log.jsonl"))
+        line["sub_std"] = read_lines(target / "sdrnet.log.jsonl")[-1]["sub_std"]
     return line
 
 
-def read_result(folder):
-    """A task's result.json, with what the scores of all sub-nets say: a flat dict of floats."""
+def shorten(command, job):
+    """A command line without the folders of this machine."""
+    text = " ".join(command).replace(f"{job.where}/", "")
+    return text.replace(str(job.packs), "PACKS")
+
+
+def read_result(folder, only=None):
+    """A task's result.json, with what the scores of all sub-nets say: a flat dict of floats. only:
+    the one sub-net that was trained, None for all."""
     result = json.loads((folder / "result.json").read_text())
     line = {"largest": result["largest"]["test"], "images": result["test_images"]}
     if "chosen" in result:
         scores, tests = np.load(folder / "scores.npy"), np.load(folder / "test_scores.npy")
-        line |= {"routed": result["chosen"]["test"], "index": result["chosen"]["index"],
-                 "mean": result["mean"]["test"], "best": result["best_by_test"]["test"],
-                 "tests": [round(float(test), 2) for test in tests]}
+        index, routed = result["chosen"]["index"], result["chosen"]["test"]
+        if only is not None:
+            index, routed = only, float(tests[only])
+            scores, tests = scores[[only]], tests[[only]]
+        line |= {"routed": routed, "index": index, "mean": float(tests.mean()),
+                 "best": float(tests.max()), "tests": [round(float(test), 2) for test in tests]}
         if scores.std() > 0 and tests.std() > 0:
             line["correlation"] = float(np.corrcoef(scores, tests)[0, 1])
     return line
@@ -317,6 +339,7 @@ def read_lines(path):
 
 def run(args):
     """Rows outside, seeds inside: what is cut is the tail of ROWS."""
+    args.results.mkdir(parents=True, exist_ok=True)
     status = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
                             capture_output=True, text=True)
     commit, began, rows = status.stdout.strip() or "unknown", time.time(), rows_of(args.pool)
@@ -327,11 +350,16 @@ def run(args):
     jobs = {name: (row, "") for name, row in rows.items() if name in (args.only or rows)}
     if args.tried:
         name, _, options = args.tried.partition("=")
-        if name in rows:
-            raise sdrnet.InputError(f"--try {args.tried}: {name} is a row's name, take another")
-        jobs = {"base": (rows["base"], ""), name: (rows[(args.only or ["sdr"])[0]], options)}
+        like, *others = args.only or ["sdr"]
+        if name in rows or others:
+            raise sdrnet.InputError(f"--try {args.tried}: a name of its own is needed, no row's, "
+                                    "and one row with --only that it is like")
+        start = rows[like].start or like
+        jobs = {start: (rows[start], ""), name: (rows[like], options)}
     for (name, (row, options)), seed in itertools.product(jobs.items(), args.seeds):
         key = {"pool": args.pool, "seed": seed, "row": name}
+        if options:
+            key["options"] = options
         if any(key.items() <= line.items() for line in read_lines(target)):
             continue
         if time.time() - began > 60 * args.budget_minutes:
@@ -339,9 +367,13 @@ def run(args):
             return
         print(key, flush=True)
         where = args.work / args.pool / f"seed{seed}"
+        needed = row.start or ("base" if row.clusters else None)
+        if needed and not (where / needed / "images.txt").exists():
+            raise sdrnet.InputError(f"row {name} goes on from {needed}, which is not in {where}: "
+                                    f"run it first, --only {needed}, with --results of your own")
         line = run_job(Job(name, row, args.pool, seed, where, args.packs, options), commit)
         with open(target, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(key | line) + "\n")
 
 
 # ------------------------------------------------------------------------------------ command
@@ -350,7 +382,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--pool", choices=sorted(POOLS), default="toy", help="which images: toy")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5], help="3 4 5")
+    parser.add_argument("--seeds", type=int, nargs="+", help="3 4 5; with --try 10 11")
     parser.add_argument("--only", nargs="+", help="rows of the pool; default: all, in order")
     parser.add_argument("--tried", "--try", metavar="NAME=OPTIONS",
                         help="one setting: these options of pretrain.py on the row --only, or sdr")
@@ -361,6 +393,7 @@ def main():
                         help="start no row after so long")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    args.seeds = args.seeds or ([10, 11] if args.tried else [3, 4, 5])
     args.work, args.packs = args.work.resolve(), args.packs.resolve()
     try:
         run(args)

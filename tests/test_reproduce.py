@@ -59,7 +59,7 @@ def line(row, seed, routed, largest):
         tasks = {name: {"largest": largest, "images": 400} for name in tasks}
     clusters = {name: {"pool": 0.25, "chosen": 0.75} for name in tasks}
     return {"pool": "toy", "seed": seed, "row": row, "commit": "c", "images": 1000, "tasks": tasks,
-            "clusters": clusters, "least_sub_std": 0.9}
+            "clusters": clusters, "sub_std": 0.9}
 
 
 def test_tables_say_what_the_lines_hold(tmp_path):
@@ -69,9 +69,10 @@ def test_tables_say_what_the_lines_hold(tmp_path):
     claims.render(tmp_path)
     text = (tmp_path / "claims.md").read_text()
     assert "| 2: SDR over SimSiam, equal epochs | +2.5 ± 4.9 | in 1 of 2 seeds |" in text
-    assert "| 2: SDR over SimSiam, equal cost |  | not measured |" in text
+    assert "Not measured: 1: a task's own kind" in text
+    assert "; 2: SDR over SimSiam, equal cost" in text
     assert "| SDR | 34.0 ± 2.8 | 32.0 ± 1.4 | 30.0 ± 0.0 | 40.0 ± 0.0 | +2.5 ± 4.9 |" in text
-    assert "+50.0 ± 0.0 | holds, 8 of 8 tasks |" in text
+    assert "+50.0 ± 0.0 | holds, 8 of 8 cases |" in text
 
 
 def test_tasks_that_chose_settings_are_left_out_of_means():
@@ -91,3 +92,26 @@ def test_what_is_not_there_is_one_line(tmp_path, script, option, named):
     run = subprocess.run([sys.executable, f"{ROOT}/tests/{script}.py", option, named], cwd=tmp_path,
                          capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and named in run.stderr
+
+
+def test_what_goes_on_sees_other_views_than_its_base(tmp_path):
+    seeds = {name: option(reproduce.commands_of(job(tmp_path, name))[0], "--seed")
+             for name in ("base", "simsiam", "sdr", "scratch")}
+    assert seeds == {"base": "3", "simsiam": "103", "sdr": "103", "scratch": "3"}
+
+
+def test_a_row_without_its_base_is_one_line(tmp_path):
+    run = subprocess.run([sys.executable, f"{ROOT}/tests/reproduce.py", "--only", "sdr",
+                          "--results", str(tmp_path / "r"), "--work", str(tmp_path)],
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "goes on from base" in run.stderr
+
+
+def test_one_cluster_counts_the_one_sub_net_that_was_trained(tmp_path):
+    result = {"chosen": {"index": 2, "test": 60.0}, "largest": {"test": 50.0}, "test_images": 400}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    for name in ("scores", "test_scores"):
+        np.save(tmp_path / f"{name}.npy", np.arange(16.0))
+    assert reproduce.read_result(tmp_path)["routed"] == 60.0
+    line = reproduce.read_result(tmp_path, reproduce.ONE)
+    assert (line["routed"], line["index"], line["mean"], line["best"]) == (15.0, 15, 15.0, 15.0)
