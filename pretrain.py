@@ -699,14 +699,14 @@ def fill_defaults(args, names, recipe):
     values = earlier_values(args.init) if args.clusters and args.init != "none" else {}
     if values:
         recipe = f"of {args.init}"
-    elif recipe is None:
+    elif recipe in (None, "small"):
         some = names[::max(1, len(names) // 50)]       # their median decides, not one stray image
         sides = sdrnet.Images(args.data, some, transform=lambda image: min(image.shape[1:]))
         side = int(np.median(next(sdrnet.load_batches(sides, [range(len(some))]))))
-        recipe = "small" if side <= 64 else "large"
+        recipe = recipe or ("small" if side <= 64 else "large")
     values = values or dict(RECIPES[recipe])
     if recipe == "small":
-        values["image_size"] = max(8, side)
+        values["image_size"] = max(8, min(64, side))
     if args.clusters:
         values["epochs"] /= 2
     for key, value in values.items():

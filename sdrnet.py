@@ -198,8 +198,7 @@ def has_bf16(device_type):
     """Whether this machine's "cpu" or "cuda" computes in bf16; emulated it would be slow."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    said = Path("/proc/cpuinfo")
-    flags = said.read_text() if said.exists() else ""
+    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
@@ -218,7 +217,8 @@ def toy_folder():
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy.py")
-    if rank() == 0 and not os.path.isdir("runs/toy/images"):
+    folders = ("runs/toy/images", "runs/toy/tasks", "runs/toy/VOCdevkit")
+    if rank() == 0 and not all(map(os.path.isdir, folders)):
         if not os.path.exists(script):
             raise InputError(f"no images were given, and no {script} is there to draw toy images")
         print0("drawing toy images into runs/toy")

@@ -3,9 +3,11 @@
     python tests/bench.py                     # all rows, about ten minutes on one core
     python tests/bench.py views tree          # some
 
-A row prints medians of ours and of the reference and their ratio, on one thread. Quote ratios:
-times depend on the machine. The rows: views, step, simsiam, tree, cluster.
+A row prints medians of ours and of the reference (tree, cluster: of one run) and their ratio, on
+one thread. Quote ratios: times depend on the machine. The rows: views, step, simsiam, tree,
+cluster.
 """
+import argparse
 import os
 import sys
 import time
@@ -72,6 +74,8 @@ def views():
 def make_step(net, subs=0, size=32, batch=64):
     """A training step on random images: a function."""
     model = pretrain.SDR(net, layers=2, width=512).train()
+    if sdrnet.has_bf16("cpu"):
+        model.to(memory_format=torch.channels_last)    # as pretrain.py does
     optimizer = pretrain.make_optimizer(model, 5e-4)
     pretrain.set_lr(optimizer, 0.01, 0, 10)
     x = torch.randn(2, batch, 3, size, size)
@@ -112,10 +116,11 @@ def simsiam():
 
     def reference():
         x = [torch.stack([single(image) for image in pixels]) for _ in (0, 1)]
-        z = [projector(plain(view)) for view in x]
-        p = [predictor(v) for v in z]
-        loss = -(F.cosine_similarity(p[0], z[1].detach()).mean()
-                 + F.cosine_similarity(p[1], z[0].detach()).mean()) / 2
+        with sdrnet.autocast(CPU):
+            z = [projector(plain(view)) for view in x]
+            p = [predictor(v) for v in z]
+        loss = -(F.cosine_similarity(p[0].float(), z[1].detach().float()).mean()
+                 + F.cosine_similarity(p[1].float(), z[0].detach().float()).mean()) / 2
         sgd.zero_grad()
         loss.backward()
         sgd.step()
@@ -169,11 +174,13 @@ ROWS = {"views": views, "step": step, "simsiam": simsiam, "tree": tree, "cluster
 
 
 def main():
-    torch.set_num_threads(1)
-    wanted = sys.argv[1:] or list(ROWS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("rows", nargs="*", help=f"of {' '.join(ROWS)}; default: all")
+    wanted = parser.parse_args().rows or list(ROWS)
     unknown = set(wanted) - set(ROWS)
     if unknown:
-        sys.exit(f"bench.py: error: no row {unknown.pop()}; there are {', '.join(ROWS)}")
+        parser.error(f"no row {unknown.pop()}; there are {', '.join(ROWS)}")
+    torch.set_num_threads(1)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, one thread")
     for row in wanted:
         ROWS[row]()

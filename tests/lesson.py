@@ -1,6 +1,6 @@
 """lesson.py - the method in six figures, a paragraph each, from a finished quick-start run.
 
-    python tests/lesson.py                             # runs/toy -> tests/results/lesson.md
+    python tests/lesson.py                             # runs/toy -> runs/toy/lesson/lesson.md
     python tests/lesson.py --run runs/toy3 --out page/
 
 In:   <run>, what the quick start leaves there
@@ -31,6 +31,7 @@ except ImportError:
 
 STYLES = dict(zip(toy.WORLDS, (("#12304f", "o", ""), ("#b5473c", "^", "//"),      # dark to light
                                ("#7db08f", "s", ".."), ("#f3d98b", "D", "xx"))))
+ROUTED = ("result.json", "scores.npy", "test_scores.npy")              # what route.py leaves
 # A function a figure: takes the run's folder, returns the figure and its paragraph, in which each
 # number is computed. Its docstring is the heading.
 
@@ -98,10 +99,10 @@ def collapse(run, B=64):
     (loss, std), (ill_loss, ill_std) = healthy[-20:].mean(0), ill[-20:].mean(0)
     return axes.figure, f"""
 {len(ill)} steps of {B} images, a small network, a high rate; means of the last 20. Without h
-the loss is better, {ill_loss:.2f} against {loss:.2f}, but std is {ill_std:.2f} against {std:.2f}:
-where all features are alike `D(p, z) = -cos(p, sg(z))` is at its least. Do sub-nets collapse that
-enter all at once, from scratch? Watch sub_std; try
-`python pretrain.py --init none --phases 0,0,0,0,1 --clusters runs/toy/clusters.npy --out runs/c`.
+the loss is {ill_loss:.2f} against {loss:.2f}, and std {ill_std:.2f} against {std:.2f}: where all
+features are alike `D(p, z) = -cos(p, sg(z))` is at its least. Do sub-nets collapse that enter all
+at once, from scratch? Watch sub_std; try
+`python pretrain.py --init none --phases 0,0,0,0,1 --clusters {run}/clusters.npy --out runs/c`.
 
 **Why does std not fall to 0?** The projector ends in a BatchNorm: a batch's mean is 0. One
 image against all others has 2 / sqrt(B) = {least:.2f}; here it came to {ill[:, 1].min():.2f}."""
@@ -125,7 +126,7 @@ def posterior(run, count=200):
 U maximises `Tr(U^T S) + eps H(U)`, each cluster's mass being n/k. Large eps smears: the entropy H
 of a row is log k = {np.log(len(C)):.2f} nat at most. Small eps assigns, and takes longer: {rounds}
 rounds at eps = {eps}. Try
-`python cluster.py --out runs/soft --features runs/toy/features.npy --eps 0.5`.
+`python cluster.py --out runs/soft --features {run}/features.npy --eps 0.5`.
 
 **U is balanced; why do clusters differ in size?** An image goes to its highest S, not U:
 {sizes.min()} to {sizes.max()} images, n/k = {sizes.mean():.0f}."""
@@ -150,7 +151,7 @@ def worlds(run):
 `D_0 = D_1 + ... + D_k`, disjoint, and D_i trains sub-net i. Found without labels, a cluster tells
 {bits:.2f} of the {entropy(p.sum(0), base=2):.0f} bits of an image's world, and {p.max(1).sum():.0%}
 of the images are of their cluster's commonest world, {p.sum(0).max():.0%} by chance. Try
-`python cluster.py --out runs/few --features runs/toy/features.npy --epochs 1`.
+`python cluster.py --out runs/few --features {run}/features.npy --epochs 1`.
 
 **Which cluster is the most of one world?** {purity.argmax()}: {purity.max():.0%}."""
 
@@ -183,9 +184,9 @@ def features(run):
 {len(f):,} test images of {len(tasks)} tasks, a quarter of them shown. kNN, in all {len(f[0])}
 dimensions, finds the class within a task, and the world among all. SimSiam is `L_ssl(D_0; W_0)`;
 SDR, which trains on from it for half as many epochs, adds the mean over sub-nets of
-`L_ssl(D_i; W_i) + lambda KD_i`. A network of more epochs is better anyway: compare it with
-`python pretrain.py --out runs/more --init runs/toy/simsiam.pt --epochs 10`. Try
-`python sdrnet.py runs/toy/sdrnet.pt runs/toy/tasks/signs/test signs.npy --path 0,1,1,0`.
+`L_ssl(D_i; W_i) + lambda KD_i`. What do more epochs alone do? Compare it with
+`python pretrain.py --out runs/more --init {run}/simsiam.pt --epochs 10`. Try
+`python sdrnet.py {run}/sdrnet.pt {run}/tasks/signs/test signs.npy --path 0,1,1,0`.
 
 **What share of W_0's weights does a sub-net use?** {part / whole:.0%}: {part:,} of {whole:,}."""
 
@@ -213,7 +214,7 @@ A task goes to the sub-net of the best leave-one-out score, `i = argmax_i kNN(W_
 never choose. On those it gains {over_mean:+.1f} points over the sub-nets' mean and
 {over_largest:+.1f} over W_0, on average of {len(gains)} tasks. Where score and accuracy hardly
 correlate, as where clusters do not matter to a task, the choice is a matter of luck. Try
-`python route.py --out runs/five --network runs/toy/sdrnet.pt --k 5`.
+`python route.py --out runs/five --network {run}/sdrnet.pt --k 5`.
 
 **How many of {len(x)} sub-nets beat W_0 on the test images?** {", ".join(better)}."""
 
@@ -221,8 +222,9 @@ correlate, as where clusters do not matter to a task, the choice is a matter of 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, default="runs/toy", help="a finished run: runs/toy")
-    parser.add_argument("--out", type=Path, default="tests/results", help="tests/results")
+    parser.add_argument("--out", type=Path, help="<run>/lesson")
     args = parser.parse_args()
+    args.out = args.out or args.run / "lesson"
     page = f"""# The method in six figures
 
 By `python {' '.join(sys.argv)}`, of toy images of four worlds. W_0 is the largest network,
@@ -231,9 +233,12 @@ it; through sg(z) no gradient flows; q is the predictor from a sub-net's z to W_
 batch.
 """
     for name in ("images.txt", "features.npy", "simsiam.pt", "clusters.npy", "centroids.npy",
-                 "sdrnet.pt", *(f"{world}/result.json" for world in STYLES)):
+                 "sdrnet.pt", *(f"{world}/{part}" for world in STYLES for part in ROUTED)):
         if not (args.run / name).exists():
             parser.error(f"{args.run / name} is not there: finish the README's quick start first")
+    for world in STYLES:
+        if "chosen" not in json.loads((args.run / world / "result.json").read_text()):
+            parser.error(f"{args.run / world} is of a network without sub-nets: python route.py")
     if Figure is None:
         parser.error("matplotlib is not there: pip install matplotlib")
     torch.set_num_threads(1)

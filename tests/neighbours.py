@@ -30,10 +30,12 @@ so on drop them, "depths" being in the file; detect_voc.py would train them. Mea
 an AMD EPYC: an epoch of toy images takes moco 11 s and data 33 s, a search of 40 sizes 10 s.
 
 Deviations. SEPT: its extractor saw the whole pool, not a subset. DATA: SimSiam's loss by default;
-one stem for all sizes, half to all of a stage's channels, one to all of its blocks; statistics only
-of the size exported, on the task's images; no search for dense tasks. MoCo: BatchNorm over the
-batch, unshuffled; no bias in the projector's first layer; a short queue. Chosen, as not known:
-cosine similarity and lists merged in rounds (SEPT), the mean of the three losses (DATA).
+the mean of the three losses, its code sums them; one momentum update a step, there one a size; a
+size is compared by cosine with the largest network itself, there with its momentum copy; one stem
+for all sizes, half to all of a stage's channels, one to all of its blocks; statistics only of the
+size exported, on the task's images; no search for dense tasks. MoCo: BatchNorm over the batch,
+unshuffled; no bias in the projector's first layer; a short queue. Chosen, as not known: cosine
+similarity and lists merged in rounds (SEPT).
 """
 import argparse
 import copy
@@ -64,14 +66,18 @@ def retrieve(pool, targets, budget, chunk=8192):
     pool (N, D), targets (T, D): float arrays; the pool, read once in chunks, may be memory-mapped.
     Target after target, round after round, each claims the image of the highest cosine that is not
     yet taken: claims[t::T] are target t's. Holds T (budget + chunk) pairs of numbers. Raises
-    ValueError where the budget is not within 1 .. N."""
+    ValueError where the budget is not within 1 .. N, there is no target, or a number not finite."""
     if not 1 <= budget <= len(pool):
         raise ValueError(f"budget {budget}: a number from 1 to {len(pool)}, the pool's images")
+    if not len(targets) or not np.isfinite(targets).all():
+        raise ValueError("targets: one or more are needed, of finite features")
     queries = F.normalize(torch.from_numpy(np.array(targets, np.float32)))
     cosine = torch.empty(len(queries), 0)              # of each target's best so far, falling
     image = cosine.long()
     for start in range(0, len(pool), chunk):
         part = F.normalize(torch.from_numpy(np.array(pool[start:start + chunk], np.float32)))
+        if not part.isfinite().all():
+            raise ValueError(f"features {start} to {start + len(part) - 1}: not all are finite")
         rows = torch.arange(start, start + len(part)).expand(len(queries), -1)
         cosine = torch.cat([cosine, queries @ part.T], 1)
         image = torch.cat([image, rows], 1)
@@ -118,7 +124,10 @@ def run_sept(args):
         raise InputError(f"--budget {args.budget}: the pool has {len(names):,} images only")
     task = route.open_task(args.task, size)
     targets = sdrnet.embed(net, task.train, device, workers=args.workers)
-    claims = retrieve(features, targets, args.budget)
+    try:
+        claims = retrieve(features, targets, args.budget)
+    except ValueError as error:
+        raise InputError(f"{place('features.npy')}: {error}") from None
     sdrnet.make_folder(place(task.name))
     subset = place(task.name, "subset.npy")
     sdrnet.save_file(subset, functools.partial(np.save, arr=np.sort(claims)))
@@ -135,10 +144,11 @@ def info_nce(q, k, queue, temperature):
     q, k: (B, d), here made unit; queue: unit keys k_j (K, d). In fp32 at least. With own = q.k / T
     and rest = log sum_j exp(q.k_j / T) it is log(1 + exp(rest - own))."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, k = F.normalize(q.to(wide), dim=1), F.normalize(k.to(wide), dim=1)
-    own = (q * k).sum(1) / temperature                             # (B,)
-    rest = torch.logsumexp(q @ queue.T / temperature, dim=1)       # (B,)
-    return F.softplus(rest - own).mean()
+    with torch.autocast(q.device.type, enabled=False):             # which would make q @ queue bf16
+        q, k = F.normalize(q.to(wide), dim=1), F.normalize(k.to(wide), dim=1)
+        own = (q * k).sum(1) / temperature                         # (B,)
+        rest = torch.logsumexp(q @ queue.T / temperature, dim=1)   # (B,)
+        return F.softplus(rest - own).mean()
 
 
 def embedding(model, x, size=None, track=True):
@@ -232,10 +242,9 @@ class SizeNet(sdrnet.SDRNet):
     def extract(self, size):
         """A size as torchvision's ResNet in eval mode, equal to self(x, size): the first corner of
         each tensor. Its attribute config is that of all blocks."""
-        config = dict(arch=self.config["arch"], widths=list(size.widths),
-                      stem=self.config["width"], small_stem=self.config["small_stem"])
-        net, ours = sdrnet.resnet(**config, norm_layer=sdrnet.BatchNorm), self.resnet.state_dict()
-        net.config = config
+        net = sdrnet.resnet(self.config["arch"], size.widths, self.config["width"],
+                            self.config["small_stem"], sdrnet.BatchNorm)
+        ours = self.resnet.state_dict()
         for s, depth in enumerate(size.depths, start=1):
             setattr(net, f"layer{s}", getattr(net, f"layer{s}")[:depth])
         for name, tensor in net.state_dict().items():
@@ -267,9 +276,9 @@ def score_sizes(model, sizes, batches):
     return scores
 
 
-def search_task(model, name, args, device, most=512):
+def search_task(model, task, args, device, most=512):
     """Scores sizes on a task's images; prints those that no cheaper one equals; saves the best."""
-    task, rng = route.open_task(name, args.image_size), np.random.default_rng([args.seed, 11])
+    rng = np.random.default_rng([args.seed, 11])
     chosen = rng.permutation(len(task.train))[:most]
     blocks = np.array_split(chosen, math.ceil(len(chosen) / 256))
     batches = [sdrnet.normalise(torch.stack(samples).to(device).float() / 255)
@@ -339,12 +348,25 @@ def set_up(args):
     return device
 
 
+def open_tasks(args):
+    """The tasks that sizes are searched for. Raises InputError."""
+    tasks = [route.open_task(name, args.image_size) for name in args.task]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise InputError("--task: two have one name, and each gets a folder of it: rename one")
+    if any(len(task.train) < 2 for task in tasks):
+        raise InputError("--task: two training images or more are needed")
+    if tasks and args.window[0] >= args.window[1]:
+        raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: the least comes first")
+    return tasks
+
+
 def run_training(args):
     """moco and data: trains, where <out> does not hold the network; data then searches."""
-    recipe = args.recipe if args.data else "toy"
+    recipe = args.recipe or (None if args.data else "toy")
     device = set_up(args)
     names = sdrnet.list_images(args.data, leave_out=args.out)
     pretrain.fill_defaults(args, names, recipe)
+    tasks = open_tasks(args)
     arguments = {key: getattr(args, key)
                  for key in ("loss", "queue", "init", "seed", *pretrain.RECIPES["toy"])}
     net = SizeNet(args.arch, args.width, groups=1, small_stem=args.small_stem)
@@ -363,8 +385,8 @@ def run_training(args):
     content = sdrnet.load_checkpoint(final, "simsiam")
     net.resnet.load_state_dict(content["backbone"])
     model.projector.load_state_dict(content["heads"]["projector"])
-    for name in args.task:
-        search_task(model.to(device), name, args, device)
+    for task in tasks:
+        search_task(model.to(device), task, args, device)
 
 
 # ------------------------------------------------------------------------------------ command

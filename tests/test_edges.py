@@ -15,6 +15,7 @@ import cluster
 import pretrain
 import route
 import sdrnet
+import toy
 from conftest import ROOT
 from test_folders import TINY, refused, run, write_images
 
@@ -279,3 +280,12 @@ def test_a_story_shows_no_images_of_other_clusters(done, tmp_path, capsys):
     assert route.cluster_images(args, 3, 12) == []
     assert "is not what sdrnet.pt was trained on" in capsys.readouterr().out
     assert run(route, *command)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["images", "tasks", "VOCdevkit"])
+def test_toy_images_are_drawn_over_nothing(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("precious")
+    with pytest.raises(FileExistsError, match=name):
+        toy.draw(tmp_path, pool=4, per_part=1)
+    assert [path.name for path in tmp_path.rglob("*")] == [name, "mine"]

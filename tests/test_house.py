@@ -109,6 +109,13 @@ def test_paths_and_slices_lift():
     assert part.tolist() == [[5.0], [23.0]] and space["slice_weight"](weight) is weight
 
 
+def test_retrieve_lifts():
+    pool, targets = np.random.default_rng(0).normal(size=(2, 50, 4))
+    claims = lift("tests/neighbours", "retrieve")["retrieve"](pool, targets[:1], 50)
+    cosine = pool @ targets[0] / np.linalg.norm(pool, axis=1)
+    assert claims.tolist() == np.argsort(-cosine).tolist()
+
+
 def test_average_precision_lifts():
     space = lift("detect_voc", "box_iou", "match_voc", "match_coco", "precision_recall",
                  "average_11_point", "average_area", "average_coco", "evaluate")

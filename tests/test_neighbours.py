@@ -36,8 +36,11 @@ def test_claims_are_those_of_brute_force(tmp_path):
         for given, chunk in ((pool, 8192), (mapped, 50), (mapped, 1)):
             claims = neighbours.retrieve(given, targets, budget, chunk=chunk)
             assert claims.dtype == np.int64 and claims.tolist() == wanted
-    with pytest.raises(ValueError):
-        neighbours.retrieve(pool, targets, 212)
+    holed = pool.copy()
+    holed[100, 2] = np.nan
+    for given, of, budget in ((pool, targets, 212), (pool, targets[:0], 5), (holed, targets, 5)):
+        with pytest.raises(ValueError):
+            neighbours.retrieve(given, of, budget)
 
 
 def size_net(arch="resnet18"):
@@ -163,6 +166,10 @@ def test_training_and_search(folder, tmp_path, monkeypatch, options):
     ("data --init base/simsiam.pt --recipe toy --width 8 --data toy/images --out unfit",
      " data: error: base/simsiam.pt: its heads do not fit"),
     ("data --window 0.5 2", " data: error: argument --window: 2 is not a number"),
+    ("data --window 0.6 0.3 --task toy/tasks/weaves --recipe toy --data toy/images --out unfit",
+     " data: error: --window 0.6 0.3: the least comes first"),
+    ("data --task typo --recipe small --data toy/images --out unfit",
+     " data: error: --task typo: no folder typo/train"),
     ("nothing", ": error: argument method: invalid choice: 'nothing'")])
 def test_nonsense_is_one_line(folder, monkeypatch, options, said):
     monkeypatch.chdir(folder)

@@ -1,6 +1,6 @@
 """toy.py - toy images as ordinary folders: data for the quick start, the tests, the claims.
 
-    python tests/toy.py                          # into runs/toy, 4,096 + 6,400 images, 400 scenes
+    python tests/toy.py                          # into runs/toy, 4,096 + 3,200 images, 400 scenes
     python tests/toy.py --out runs/toy3 --seed 3
 
     OUT/images/seed0_000012.png                          unlabelled, 32 px: four worlds, mixed
@@ -8,7 +8,7 @@
     OUT/VOCdevkit/VOC2007/...                            scenes of 128 px with boxes of four classes
 
 An image is a function of (seed, index). What it shows is its form alone: colours, places, turns,
-sizes and noise are drawn alike in all worlds. OUT/images appears last, when all is drawn.
+sizes and noise are drawn alike in all worlds. The folders appear when all is drawn, images last.
 Measured: 13 s on one core. kNN on pixels 21 to 40 %, a small supervised CNN 98 to 100 %.
 """
 import argparse
@@ -179,20 +179,23 @@ def pool_kinds(seed, pool=4096):
 
 
 def draw(out, seed=0, pool=4096, per_part=400):
-    """All folders of the header, below `out`. Raises FileExistsError where OUT/images is there."""
-    out = Path(out)
-    if (out / "images").exists():
-        raise FileExistsError(f"{out}/images is there already: remove it, or give another --out")
-    for name in ("images.part", "tasks", "VOCdevkit"):                 # of an interrupted drawing
-        shutil.rmtree(out / name, ignore_errors=True)
+    """All folders of the header, below `out`. Raises FileExistsError where one is there."""
+    out, names = Path(out), ("tasks", "VOCdevkit", "images")
+    for name in names:
+        if (out / name).exists():
+            raise FileExistsError(f"{out / name} is there: remove it, or give another --out")
+    drawn = out / ".toy.part"
+    shutil.rmtree(drawn, ignore_errors=True)           # of an interrupted drawing
     for part, start in (("train", 100_000), ("test", 200_000)):
         for index in range(4 * per_part):
             world, name = KINDS[index % len(KINDS)]
-            write_image(out / "tasks" / world / part / name, seed, start + index, world, name)
-    write_scenes(out / "VOCdevkit/VOC2007", seed)
+            write_image(drawn / "tasks" / world / part / name, seed, start + index, world, name)
+    write_scenes(drawn / "VOCdevkit/VOC2007", seed)
     for index, (world, name) in enumerate(pool_kinds(seed, pool)):
-        write_image(out / "images.part", seed, index, world, name)
-    (out / "images.part").rename(out / "images")
+        write_image(drawn / "images", seed, index, world, name)
+    for name in names:
+        (drawn / name).rename(out / name)
+    drawn.rmdir()
 
 
 def main():
@@ -203,7 +206,7 @@ def main():
     args = parser.parse_args()
     try:
         draw(args.out, args.seed)
-    except FileExistsError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 
