@@ -227,7 +227,7 @@ def build_parser():
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--features", help="float (N, D); default: <out>/features.npy")
     parser.add_argument("--out", default="runs/toy", help="folder of the run's files: runs/toy")
-    parser.add_argument("--data", help="folder of the images, for clusters.png: runs/toy/images")
+    parser.add_argument("--data", help="folder of the images, for clusters.png: <out>/images")
     parser.add_argument("--k", type=int, default=16, help="clusters: 16; paper: 256 = 4^4")
     parser.add_argument("--eps", type=float, default=0.05, help="weight of H(U): 0.05")
     parser.add_argument("--temperature", type=float, default=0.1, help="T: 0.1")
@@ -248,7 +248,6 @@ def run(args):
         raise InputError(f"--seed {args.seed}: a number from 0 on is needed")
     if args.data is not None and not os.path.isdir(args.data):
         raise InputError(f"--data: no folder {args.data}")
-    args.data = args.data or "runs/toy/images"
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     path = args.features or os.path.join(args.out, "features.npy")
     f = load_features(path)
@@ -258,7 +257,9 @@ def run(args):
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {args.out} cannot be made ({error.strerror})") from None
-    listing, names = os.path.join(os.path.dirname(path), "images.txt"), []
+    listing, names = os.path.splitext(path)[0] + ".txt", []            # sdrnet.py's
+    if not os.path.exists(listing):
+        listing = os.path.join(os.path.dirname(path), "images.txt")    # pretrain.py's
     if os.path.exists(listing):
         names = read_listing(listing, len(f))
     groups, order = round(args.k ** 0.25), args.order
@@ -291,13 +292,13 @@ def run(args):
         print("warning: Sinkhorn did not reach a marginal error of 0.01: take a larger --eps")
     if (sizes == 0).any():
         print(f"{(sizes == 0).sum()} clusters hold no image; their sub-nets will not train")
-    missing = [name for name in names if not os.path.exists(os.path.join(args.data, name))]
+    data = args.data or place("images")                # as the toy images lie
     if not names:
         print(f"no picture: there is no {listing} that names the images")
-    elif missing:
-        print(f"no picture: {args.data} lacks {missing[0]}, which {listing} names")
+    elif not os.path.exists(os.path.join(data, names[0])):
+        print(f"no picture: {data} lacks {names[0]}, which {listing} names: give --data")
     else:
-        contact_sheet(S, clusters, names, args.data, place("clusters.png"))
+        contact_sheet(S, clusters, names, data, place("clusters.png"))
 
 
 def main():

@@ -551,7 +551,7 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
     first = sdrnet.resume(path, arguments, model, optimizer) if path else 0
     ddp = model
     if sdrnet.world_size() > 1:
-        ddp = DistributedDataParallel(model, broadcast_buffers=False)
+        ddp = DistributedDataParallel(model)
     model.train()
     began = shown = saved = time.time()
     for step, images, targets in training_batches(data, indices, args, first, iterations, device):
@@ -773,6 +773,9 @@ def fill_defaults(args):
 def list_candidates(args):
     """[(name, source, digits), ...]: the backbones to start from, one without --scores."""
     sources = args.backbone or [os.path.join(args.out, "sdrnet.pt")]
+    for source in sources:
+        if not os.path.isfile(source):
+            raise InputError(f"no file {source}: run the stage before, or name a --backbone")
     if not args.scores and (args.backbone or args.path):
         return [(source, source, args.path) for source in sources]
     if args.scores and (args.path or len(sources) > 1):
@@ -826,14 +829,13 @@ def run(args):
     values = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()))
     sdrnet.print0(f"{len(data):,} training and {len(tests):,} test images, {len(data.classes)} "
                   f"classes; {values}")
-    folder = os.path.join(args.out, "detection")
-    place = functools.partial(os.path.join, folder)
+    place = functools.partial(os.path.join, args.out, "detection")
     arguments = {key: value for key, value in vars(args).items() if key not in RUN_ONLY}
     arguments["candidates"] = [name for name, _, _ in candidates]
     arguments["weights"] = [hashlib.sha256(Path(source).read_bytes()).hexdigest()
                             for _, source, _ in candidates]
     if sdrnet.rank() == 0:
-        sdrnet.make_folder(folder)
+        sdrnet.make_folder(place())
         for name in ("metrics.json", "early_stopping.json", "last.pt"):
             if args.fresh and os.path.exists(place(name)):
                 os.remove(place(name))

@@ -17,18 +17,21 @@ p = predictor(z), and sg(z) through which no gradient flows:
 
 Without --clusters the first term alone: SimSiam. With it each step draws B images uniformly for
 W_0, and m = 4 clusters in proportion to their sizes, B / 2 images of each for its sub-net. Training
-is progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. Options
-that are not given are then as the SimSiam run had them, whose simsiam.pt it goes on from.
+is progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. Network,
+image size, batch, rates and augmentation are then, where not given, those of the SimSiam run whose
+simsiam.pt it goes on from; --objective, --subset and --seed are given again.
 
 In:   --data      a folder; default: toy images, which tests/toy.py draws into runs/toy/images
       --clusters  clusters.npy, int64 (N,), from cluster.py
 Out:  <out>/images.txt     one name a line, sorted: line i is row i of every array
       <out>/simsiam.pt     (byol.pt) network and heads; beside it features.npy, float32 (N, D)
       <out>/sdrnet.pt      with --clusters: the same, and the statistics of all prefixes
-      <out>/*.last.pt      the state to go on from: the same command again does, bit for bit
+      <out>/*.last.pt      the state to go on from: the same command again does, on a CPU bit for
+                           bit. Several nodes: <out> must be on a disk that all share
       <out>/*.log.jsonl    the lines on the screen. std is that of unit z times sqrt(d): about 1 in
-                           health; in collapse 2 / sqrt(B), as the projector's last BatchNorm keeps
-                           a batch's mean at 0. Each loss runs from 0 down to -1
+                           health; in collapse down to 2 / sqrt(B), as the projector's last
+                           BatchNorm keeps a batch's mean at 0. Near 1 it proves nothing: all on one
+                           line have 1, too. Each loss runs from 0 down to -1
 
 Measured on one core of an AMD EPYC with bf16 units, torch 2.14: 20 epochs of SimSiam on toy images
 in 2:00 minutes; 10 of SDR, four sub-nets of 32 images a step, in 3:50.
@@ -50,6 +53,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -196,8 +200,8 @@ def symmetric_loss(p, z):
 
 
 def feature_std(z):
-    """std * sqrt(d) of unit z (B, d): about 1 in health, 0 when all features are one; 2 / sqrt(B)
-    when they lie on one line and their mean is 0, the least after SimSiam's last BatchNorm."""
+    """std * sqrt(d) of unit z (B, d): about 1 in health, 0 when all features are one. After
+    SimSiam's last BatchNorm, which makes their mean 0, at least 2 / sqrt(B): one against all."""
     z = F.normalize(z.detach().float(), dim=1)
     return z.std(0).mean() * z.shape[1] ** 0.5
 
@@ -486,27 +490,26 @@ def train(model, args, names, clusters, groups, device, path, arguments):
     batches = training_batches(args, names, clusters, groups, pixels, first, steps, device)
     ddp = model
     if sdrnet.world_size() > 1:                        # phase 0 leaves the heads of sub-nets alone
-        ddp = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
-    enter = round(args.phases[0] / sum(args.phases) * steps)           # where phase 0 ends
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
     shown = saved = time.time()
     shown_step = first                                 # the rate is that since the last line
     sdrnet.catch_signals()
     for step, x, subs in batches:
         phase = 0 if clusters is None else phase_of(step, steps, args.phases)
-        if subs and step == enter:
+        if subs and (step == 0 or phase_of(step - 1, steps, args.phases) == 0):
             model.enter_subnets()                      # a function of the step: resuming is exact
         rate = set_lr(optimizer, args.lr * args.batch_size / 256, step, steps)
         values = train_step(ddp, optimizer, x, subs, device, args.amp)
         if model.target is not None:                   # BYOL's tau rises from 0.996 to 1
             model.update_target(1 - 0.002 * (1 + math.cos(math.pi * step / steps)))
         if not math.isfinite(sum(values.values())):
-            raise InputError(f"step {step:,}: not finite: {values}; the last good state, if there "
-                             f"is one, is {path}: go on with a lower --lr, or --amp off")
+            raise InputError(f"step {step:,}: not finite: {values}: start anew, --fresh, with a "
+                             "lower --lr or --amp off")
         done, now = step + 1, time.time()
         epoch_ends = done % per_epoch == 0 or done == steps
         line_due = epoch_ends or now - shown > 60 or done == first + 10
-        stop, show, save = sdrnet.on_any(bool(sdrnet.CAUGHT), line_due,
-                                         epoch_ends or now - saved > 600)
+        save_due = done == steps or now - saved > (60 if epoch_ends else 600)
+        stop, show, save = sdrnet.on_any(bool(sdrnet.CAUGHT), line_due, save_due)
         if show:
             speed = (done - shown_step) / (now - shown)
             shown, shown_step = now, done
@@ -556,7 +559,8 @@ def finish(model, kind, args, names, clusters, groups, device, origin, final):
             yield sdrnet.normalise(torch.stack(samples).to(device).float() / 255)
     sdrnet.recalibrate_bn(net, images_of, prefixes=clusters is not None)
     if clusters is None:
-        write_features(net, images, args, device)
+        path = os.path.join(args.out, "features.npy")
+        sdrnet.save_features(path, net, images, device, args.amp, args.workers)
     if sdrnet.rank() == 0:
         heads = {name: head.state_dict() for name, head in model.named_children()
                  if name not in ("net", "target")}
@@ -579,24 +583,7 @@ def calibration_batches(prefix, images, clusters, groups, seed, count=512, batch
         if len(members):                               # an empty cluster's sub-net never trained
             chosen[::2] = rng.choice(members, len(chosen[::2]))
     blocks = chosen.reshape(-1, batch)
-    return [block[my_rows(batch)] for block in blocks]
-
-
-def write_features(net, images, args, device):
-    """<out>/features.npy: each process writes its own rows into the memory-mapped file."""
-    path = os.path.join(args.out, "features.npy")
-    if sdrnet.rank() == 0:
-        np.lib.format.open_memmap(f"{path}.tmp", "w+", np.float32, (len(images), net.features))
-    if sdrnet.world_size() > 1:
-        dist.barrier()
-    table = np.lib.format.open_memmap(f"{path}.tmp", "r+")
-    sdrnet.embed(net, images, device, args.amp, args.workers, table=table)
-    table.flush()
-    if sdrnet.world_size() > 1:
-        dist.barrier()
-    if sdrnet.rank() == 0:
-        os.replace(f"{path}.tmp", path)
-    sdrnet.print0(f"wrote {path}: {table.shape[0]:,} x {table.shape[1]}")
+    return [block[sdrnet.rank()::sdrnet.world_size()] for block in blocks]
 
 
 # ------------------------------------------------------------------------------------ command
@@ -609,7 +596,8 @@ RECIPES = {                                            # where neither option no
     "large": dict(arch="resnet50", width=64, small_stem=False, image_size=224, head=2048, layers=3,
                   epochs=100, batch_size=512, lr=0.05, weight_decay=1e-4, blur=0.5),
 }
-RUN_ONLY = ("data", "out", "device", "workers", "fresh", "monitor_task")     # may change in a run
+RUN_ONLY = ("data", "subset", "out", "init", "device", "workers", "fresh",
+            "monitor_task")                            # may change in a run: files go by content
 SDR_ONLY = ("shared", "subnets", "sub_batch", "distill", "kd_weight", "phases", "phases_literal",
             "shared_heads")                            # mean nothing without clusters
 
@@ -694,19 +682,25 @@ def earlier_values(path):
     return {key: arguments[key] for key in RECIPES["large"]} if complete else {}
 
 
-def fill_defaults(args, names, recipe):
-    """Fills in what was not given, for SDR as --init's run had it, else by a recipe; checks it."""
+def default_values(args, names, recipe):
+    """(a word for them, what RECIPES hold): for SDR as --init's run had it, else by the recipe
+    named, else by the images: their median short side decides, not one stray image."""
     values = earlier_values(args.init) if args.clusters and args.init != "none" else {}
     if values:
-        recipe = f"of {args.init}"
-    elif recipe in (None, "small"):
-        some = names[::max(1, len(names) // 50)]       # their median decides, not one stray image
-        sides = sdrnet.Images(args.data, some, transform=lambda image: min(image.shape[1:]))
-        side = int(np.median(next(sdrnet.load_batches(sides, [range(len(some))]))))
-        recipe = recipe or ("small" if side <= 64 else "large")
-    values = values or dict(RECIPES[recipe])
-    if recipe == "small":
-        values["image_size"] = max(8, min(64, side))
+        return f"of {args.init}", values
+    if recipe in ("toy", "large"):
+        return recipe, dict(RECIPES[recipe])
+    some = names[::max(1, len(names) // 50)]
+    sides = sdrnet.Images(args.data, some, transform=lambda image: min(image.shape[1:]))
+    side = int(np.median(next(sdrnet.load_batches(sides, [range(len(some))]))))
+    if side > 64 and recipe is None:
+        return "large", dict(RECIPES["large"])
+    return "small", {**RECIPES["small"], "image_size": min(64, max(8, side))}
+
+
+def fill_defaults(args, names, recipe):
+    """Fills in what was not given, by `default_values`; checks it. Raises InputError."""
+    recipe, values = default_values(args, names, recipe)
     if args.clusters:
         values["epochs"] /= 2
     for key, value in values.items():
@@ -747,7 +741,7 @@ def load_clusters(path, names):
     clusters = load_indices(path, "--clusters")
     listing = os.path.join(os.path.dirname(path), "images.txt")
     if os.path.exists(listing):
-        compare_listings(listing, names)
+        compare_listings(listing, names, "cluster these images")
     if len(clusters) != len(names):
         raise InputError(f"{path} has {len(clusters):,} rows, and there are {len(names):,} images: "
                          "it is of another folder, or of another --subset")
@@ -759,13 +753,13 @@ def load_clusters(path, names):
     return clusters, groups
 
 
-def compare_listings(path, names):
+def compare_listings(path, names, otherwise="give another --out, or --fresh"):
     """Raises InputError that names the first line in which a listing differs from `names`."""
     pairs = itertools.zip_longest(sdrnet.load_names(path), names, fillvalue="nothing")
     for line, (was, now) in enumerate(pairs, start=1):
         if was != now:
             raise InputError(f"{path} has {was} in line {line}, the images given {now}: name the "
-                             "folder that it was made of, another --out, or --fresh")
+                             f"folder that it was made of, or {otherwise}")
 
 
 def load_init(model, path):
@@ -790,14 +784,16 @@ def start_folder(args, names, arguments, final, last):
     is finished; raises InputError where its files are of other images or arguments."""
     listing = os.path.join(args.out, "images.txt")
     if sdrnet.rank() == 0 and args.fresh:
-        for path in (final, last, last.replace(".last.pt", ".log.jsonl"), listing):
-            if os.path.exists(path):
-                os.remove(path)
+        old = [final, last, last.replace(".last.pt", ".log.jsonl"), listing]
+        if not args.clusters:
+            old.append(os.path.join(args.out, "features.npy"))
+        for path in filter(os.path.exists, old):
+            os.remove(path)
     if sdrnet.world_size() > 1:
         dist.barrier()
     if os.path.exists(listing):
         compare_listings(listing, names)
-    if os.path.exists(final):
+    if any(sdrnet.on_any(os.path.exists(final))):      # a process that lacks it says so
         origin = sdrnet.load_checkpoint(final).get("origin", {})
         sdrnet.refuse_changes(origin.get("arguments", {}), arguments, final)
         sdrnet.print0(f"{final} is finished; --fresh trains it anew")
@@ -839,6 +835,10 @@ def run(args):
     arguments["images"] = fingerprint("\n".join(names).encode("utf-8", "surrogateescape"))
     if clusters is not None:
         arguments["clusters"] = fingerprint(clusters.tobytes())
+    if args.init not in (None, "none"):
+        if not os.path.isfile(args.init):
+            raise InputError(f"no file {args.init}: run the stage before, or name another --init")
+        arguments["init"] = fingerprint(Path(args.init).read_bytes())
     final = os.path.join(args.out, f"{kind}.pt")
     last = os.path.join(args.out, f"{kind}.last.pt")
     if not start_folder(args, names, arguments, final, last):

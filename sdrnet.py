@@ -168,15 +168,16 @@ def setup(device="auto", seed=0):
     """Device, process group (as torchrun's environment says), seed; returns the device. Signals end
     the process at once, until a training loop catches them.
 
-    Raises InputError where CUDA is asked for and there is none."""
+    Raises InputError where CUDA is asked for and there is none, or fewer than processes."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     catch_signals(False)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no CUDA device here")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            raise InputError(f"torch finds {count} CUDA devices here, fewer than processes")
+        torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=7))    # tasks differ in length
@@ -311,7 +312,7 @@ class BatchNorm(nn.BatchNorm2d):
         if self.track_running_stats and track:
             self.num_batches_tracked += 1
             rate = self.momentum or 1 / float(self.num_batches_tracked)
-            for kept, new in zip(self.statistics(out, row), (mean, var)):
+            for kept, new in zip(self.statistics(out, row), (mean, var)):      # a row's, or W_0's
                 kept.lerp_(new.detach().to(kept), rate)
         return y
 
@@ -545,7 +546,8 @@ def recalibrate_bn(net, images_of, prefixes=True):
 
     images_of(prefix): batches (B, 3, S, S), of which each process gives its part, that suit a
     prefix, 1 to 4 digits, or () for W_0. The stage that a prefix ends in is normalised by the
-    batch and averages its statistics over the batches; the stages before it use theirs."""
+    batch and averages its statistics over the batches; the stages before it use theirs. Leaves
+    the network in eval mode."""
     net.eval()
     average_statistics(net.resnet, (net(x) for x in images_of(())))
     if not prefixes:
@@ -681,7 +683,7 @@ def resume(path, arguments, model, optimizer):
     """Loads the state that `path` holds and returns its step; 0 where there is no such file.
 
     Raises InputError where it was made with other arguments."""
-    if not os.path.exists(path):
+    if not any(on_any(os.path.exists(path))):          # all go on, or one says why it cannot
         return 0
     state = load_checkpoint(path, "training")
     refuse_changes(state["config"], arguments, path)
@@ -877,25 +879,41 @@ def normalise(x):
 
 
 @torch.no_grad()
-def embed(net, dataset, device, amp="auto", workers=0, batch=256, table=None):
-    """Features of every sample of a dataset at its index: float32 (N, D), on every process.
+def embed(net, dataset, device, amp="auto", workers=0, batch=256):
+    """Yields the features of a dataset in its order, float32 arrays (n, D), on every process: in
+    each round every process embeds one block, and all get all.
 
     net: images (B, 3, S, S) -> (B, D), in eval mode, D being net.features; dataset: uint8
-    (3, S, S) each. Several processes share the batches. table: an array (N, D), such as a
-    memory-mapped file, that takes this process's rows alone, and is returned."""
+    (3, S, S) each."""
     blocks = [range(a, min(a + batch, len(dataset))) for a in range(0, len(dataset), batch)]
-    mine = blocks[rank()::world_size()]
-    features = np.zeros((len(dataset), net.features), np.float32) if table is None else table
-    batches = zip(mine, load_batches(dataset, mine, workers))
-    for block, samples in progress(batches, "batches of features", len(mine)):
-        x = normalise(torch.stack(samples).to(device).float() / 255)
-        with autocast(device, amp):
-            features[block.start:block.stop] = net(x).float().cpu().numpy()
-    if table is None and world_size() > 1:             # each row is on one process: a sum gathers
-        total = torch.from_numpy(features).to(device)
-        dist.all_reduce(total)
-        features = total.cpu().numpy()
-    return features
+    loaded = load_batches(dataset, blocks[rank()::world_size()], workers)
+    rounds = range(0, len(blocks), world_size())
+    for first in progress(rounds, "rounds of features", len(rounds)):
+        table = torch.zeros(world_size(), batch, net.features, device=device)
+        if first + rank() < len(blocks):
+            x = normalise(torch.stack(next(loaded)).to(device).float() / 255)
+            with autocast(device, amp):
+                table[rank(), :len(x)] = net(x).float()
+        if world_size() > 1:                           # each block is on one process: a sum gathers
+            dist.all_reduce(table)
+        for part, block in zip(table.cpu().numpy(), blocks[first:]):
+            yield part[:len(block)]
+
+
+def save_features(path, net, dataset, device, amp="auto", workers=0):
+    """Embeds a dataset into an .npy, float32 (N, D), row i being sample i; process 0 writes it."""
+    shape, parts = (len(dataset), net.features), embed(net, dataset, device, amp, workers)
+
+    def write(file):
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(part.tobytes())
+    if rank() == 0:
+        save_file(path, write)
+    for _ in parts:                                    # the other processes: their part of it
+        pass
+    print0(f"wrote {path}: {shape[0]:,} x {shape[1]}")
 
 
 # ------------------------------------------------------------------------------------ command
@@ -930,11 +948,9 @@ def main():
         names = list_images(args.folder)
         size = load_checkpoint(args.checkpoint)["image_size"]
         images = Images(args.folder, names, functools.partial(center_crop, size=size))
-        features = embed(net.to(device), images, device, args.amp, args.workers)
-        if rank() == 0:
-            save_file(args.target, lambda file: np.save(file, features))
+        if rank() == 0:                                # first: a wrong folder shows at once
             save_names(os.path.splitext(args.target)[0] + ".txt", names)
-        print0(f"wrote {args.target}: {features.shape[0]:,} x {features.shape[1]}")
+        save_features(args.target, net.to(device), images, device, args.amp, args.workers)
     except InputError as error:
         parser.error(" ".join(str(error).split()))
 
