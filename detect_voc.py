@@ -56,8 +56,8 @@ Out:  <out>/detection/metrics.json          every figure, per class too, and all
                       early_stopping.json   the table
                       last.pt               the state to go on from, bit for bit
 
-Measured on one core of an AMD EPYC with bf16 units, torch 2.14: without options, from the toy sub-net
-routed best, AP 76.4, AP50 95.9 (coco), 95.0 (voc_11_point) in 3 minutes.
+Measured on one core of an AMD EPYC with bf16 units, torch 2.14: without options, from the toy
+sub-net routed best, AP 76.4, AP50 95.9 (coco), 95.0 (voc_11_point) in 3 minutes.
 """
 import argparse
 import functools
