@@ -257,9 +257,8 @@ def run(args):
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {args.out} cannot be made ({error.strerror})") from None
-    listing, names = os.path.splitext(path)[0] + ".txt", []            # sdrnet.py's
-    if not os.path.exists(listing):
-        listing = os.path.join(os.path.dirname(path), "images.txt")    # pretrain.py's
+    listings = os.path.splitext(path)[0] + ".txt", os.path.join(os.path.dirname(path), "images.txt")
+    listing, names = next(filter(os.path.exists, listings), listings[1]), []
     if os.path.exists(listing):
         names = read_listing(listing, len(f))
     groups, order = round(args.k ** 0.25), args.order

@@ -168,7 +168,7 @@ def setup(device="auto", seed=0):
     """Device, process group (as torchrun's environment says), seed; returns the device. Signals end
     the process at once, until a training loop catches them.
 
-    Raises InputError where CUDA is asked for and there is none, or fewer than processes."""
+    Raises InputError where a process finds no CUDA device of its own."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     catch_signals(False)
     if device == "auto":
@@ -176,7 +176,7 @@ def setup(device="auto", seed=0):
     if device == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count:
-            raise InputError(f"torch finds {count} CUDA devices here, fewer than processes")
+            raise InputError(f"--device cuda: torch finds {count} devices, one a process is needed")
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
@@ -218,8 +218,7 @@ def toy_folder():
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy.py")
-    folders = ("runs/toy/images", "runs/toy/tasks", "runs/toy/VOCdevkit")
-    if rank() == 0 and not all(map(os.path.isdir, folders)):
+    if rank() == 0 and not (os.path.isdir("runs/toy/images") and os.path.isdir("runs/toy/tasks")):
         if not os.path.exists(script):
             raise InputError(f"no images were given, and no {script} is there to draw toy images")
         print0("drawing toy images into runs/toy")
@@ -333,8 +332,7 @@ def resnet(arch, widths, stem, small_stem=False, norm_layer=nn.BatchNorm2d):
     arch: resnet18, resnet34, resnet50; widths: planes of the four stages, torchvision's being
     (64, 128, 256, 512), of which a bottleneck puts out four times as many; stem: channels of the
     first convolution; small_stem: 3x3 of stride 1 and no pooling, for small images. As in
-    SimSiam's code the last BatchNorm of each residual starts at 0. resnet(**config), config being
-    its attribute, builds it again."""
+    SimSiam's code each residual's last BatchNorm starts at 0. resnet(**net.config): one alike."""
     block, depths = ARCHS[arch]
     net = ResNet(block, (1, 1, 1, 1), norm_layer=norm_layer)
     net.inplanes = stem
@@ -546,8 +544,7 @@ def recalibrate_bn(net, images_of, prefixes=True):
 
     images_of(prefix): batches (B, 3, S, S), of which each process gives its part, that suit a
     prefix, 1 to 4 digits, or () for W_0. The stage that a prefix ends in is normalised by the
-    batch and averages its statistics over the batches; the stages before it use theirs. Leaves
-    the network in eval mode."""
+    batch and averages its statistics over batches; those before use theirs. Ends in eval mode."""
     net.eval()
     average_statistics(net.resnet, (net(x) for x in images_of(())))
     if not prefixes:
@@ -718,8 +715,7 @@ def load_weights(net, path):
 
     They may lie under "backbone", "state_dict" or "model" and a prefix such as module.encoder_q.,
     in half precision, with a classifier or without. Returns "loaded N of N tensors ...". Raises
-    InputError, naming a key, where one is missing, left over or of another shape: nothing loads in
-    part."""
+    InputError, naming a key, if one is missing, left over or misshapen: nothing loads in part."""
     state = read_torch_file(path)
     for key in ("backbone", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -735,10 +731,9 @@ def load_weights(net, path):
     def missing(prefix):
         return [prefix + key for key in needed if prefix + key not in state]
     prefix = min(prefixes, key=lambda prefix: len(missing(prefix)))
-    stages = tuple(f"{prefix}layer{s}." for s in (1, 2, 3, 4))
     wrong = [f"lacks {key}" for key in missing(prefix)]
     wrong += [f"holds {key}, which the network here lacks" for key in state
-              if key.startswith(stages) and key.removeprefix(prefix) not in wanted]
+              if key.startswith(prefix + "layer") and key.removeprefix(prefix) not in wanted]
     if wrong:
         raise InputError(f"{path} {wrong[0]}: another architecture's?")
     found = {key: state.get(prefix + key, value) for key, value in wanted.items()}
@@ -880,13 +875,13 @@ def normalise(x):
 
 @torch.no_grad()
 def embed(net, dataset, device, amp="auto", workers=0, batch=256):
-    """Yields the features of a dataset in its order, float32 arrays (n, D), on every process: in
-    each round every process embeds one block, and all get all.
+    """Features of a dataset, row i being sample i: float32 (N, D) on process 0, on others None.
 
     net: images (B, 3, S, S) -> (B, D), in eval mode, D being net.features; dataset: uint8
-    (3, S, S) each."""
+    (3, S, S) each. In each round every process embeds one block."""
     blocks = [range(a, min(a + batch, len(dataset))) for a in range(0, len(dataset), batch)]
     loaded = load_batches(dataset, blocks[rank()::world_size()], workers)
+    features = np.empty((len(dataset), net.features), np.float32) if rank() == 0 else None
     rounds = range(0, len(blocks), world_size())
     for first in progress(rounds, "rounds of features", len(rounds)):
         table = torch.zeros(world_size(), batch, net.features, device=device)
@@ -896,24 +891,10 @@ def embed(net, dataset, device, amp="auto", workers=0, batch=256):
                 table[rank(), :len(x)] = net(x).float()
         if world_size() > 1:                           # each block is on one process: a sum gathers
             dist.all_reduce(table)
-        for part, block in zip(table.cpu().numpy(), blocks[first:]):
-            yield part[:len(block)]
-
-
-def save_features(path, net, dataset, device, amp="auto", workers=0):
-    """Embeds a dataset into an .npy, float32 (N, D), row i being sample i; process 0 writes it."""
-    shape, parts = (len(dataset), net.features), embed(net, dataset, device, amp, workers)
-
-    def write(file):
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(part.tobytes())
-    if rank() == 0:
-        save_file(path, write)
-    for _ in parts:                                    # the other processes: their part of it
-        pass
-    print0(f"wrote {path}: {shape[0]:,} x {shape[1]}")
+        if rank() == 0:
+            rows = features[first * batch:(first + world_size()) * batch]
+            rows[:] = table.flatten(0, 1)[:len(rows)].cpu().numpy()
+    return features
 
 
 # ------------------------------------------------------------------------------------ command
@@ -950,7 +931,10 @@ def main():
         images = Images(args.folder, names, functools.partial(center_crop, size=size))
         if rank() == 0:                                # first: a wrong folder shows at once
             save_names(os.path.splitext(args.target)[0] + ".txt", names)
-        save_features(args.target, net.to(device), images, device, args.amp, args.workers)
+        features = embed(net.to(device), images, device, args.amp, args.workers)
+        if rank() == 0:
+            save_file(args.target, functools.partial(np.save, arr=features))
+        print0(f"wrote {args.target}: {len(names):,} x {net.features}")
     except InputError as error:
         parser.error(" ".join(str(error).split()))
 

@@ -123,7 +123,7 @@ def run_sept(args):
     if args.budget > len(names):
         raise InputError(f"--budget {args.budget}: the pool has {len(names):,} images only")
     task = route.open_task(args.task, size)
-    targets = np.concatenate(list(sdrnet.embed(net, task.train, device, workers=args.workers)))
+    targets = sdrnet.embed(net, task.train, device, workers=args.workers)
     try:
         claims = retrieve(features, targets, args.budget)
     except ValueError as error:

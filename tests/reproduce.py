@@ -58,8 +58,7 @@ CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
 class Pool(NamedTuple):
     """base, more: epochs of `base`, and of what goes on from it; lr: of rows from scratch and of
     claim 1's, which are short; of SimSiam and of SDR where they go on, each its best, or level with
-    that, of 0.24, 0.48 and 0.96; kind_of: task -> its images' kind; tuning: tasks that no claim
-    counts."""
+    that, of those tried; kind_of: task -> its images' kind; tuning: tasks that no claim counts."""
     base: float
     more: float
     lr: tuple

@@ -104,7 +104,7 @@ def test_the_pipeline_leaves_what_the_headers_promise(images, start, tmp_path):
     net = sdrnet.load_network(start / "simsiam.pt")
     crop = functools.partial(sdrnet.center_crop, size=16)
     dataset = sdrnet.Images(images / "images", names, crop)
-    again = np.concatenate(list(sdrnet.embed(net, dataset, torch.device("cpu"), "off")))
+    again = sdrnet.embed(net, dataset, torch.device("cpu"), "off")
     assert np.allclose(features, again, atol=1e-4)
     script("sdrnet.py", start / "simsiam.pt", images / "images", tmp_path / "f.npy", "--amp", "off")
     assert np.allclose(np.load(tmp_path / "f.npy"), features, atol=1e-4)
@@ -173,7 +173,7 @@ def test_features_of_processes_are_those_of_one(images, start, tmp_path):
     names = sdrnet.load_names(tmp_path / "images.txt")
     crop = functools.partial(sdrnet.center_crop, size=16)
     dataset = sdrnet.Images(images / "images", names, crop)
-    alone = np.concatenate(list(sdrnet.embed(net, dataset, torch.device("cpu"), "off")))
+    alone = sdrnet.embed(net, dataset, torch.device("cpu"), "off")
     assert np.allclose(np.load(tmp_path / "features.npy"), alone, atol=1e-4)
 
 
