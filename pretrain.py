@@ -19,18 +19,16 @@ Without --clusters the first term alone: SimSiam. With it each step draws B imag
 W_0, and m = 4 clusters in proportion to their sizes, B / 2 images of each for its sub-net. Training
 is progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. Network,
 image size, batch, rates and augmentation are then, where not given, those of the SimSiam run whose
-simsiam.pt it goes on from; --objective, --subset and --seed are given again.
+simsiam.pt it goes on from; --objective and --subset are given again.
 
 In:   --data      a folder; default: toy images, which tests/toy.py draws into runs/toy/images
       --clusters  clusters.npy, int64 (N,), from cluster.py
 Out:  <out>/images.txt     one name a line, sorted: line i is row i of every array
       <out>/simsiam.pt     (byol.pt) network and heads; beside it features.npy, float32 (N, D)
       <out>/sdrnet.pt      with --clusters: the same, and the statistics of all prefixes
-      <out>/*.last.pt      the state to go on from: the same command again does, on a CPU bit for
-                           bit. Several nodes: <out> must be on a disk that all share
-      <out>/*.log.jsonl    the lines on the screen. std is that of unit z times sqrt(d): about 1 in
-                           health, though all on one line have 1, too; collapsed to 2 / sqrt(B), as
-                           the last BatchNorm makes a batch's mean 0. Losses run from 0 to -1
+      <out>/*.last.pt      the state that the same command goes on from, on a CPU bit for bit
+      <out>/*.log.jsonl    the lines on the screen. Losses run from 0 to -1. std is `feature_std`:
+                           about 1 in health, though features all on one line have 1, too
 
 Measured on one core of an AMD EPYC with bf16 units, torch 2.14: 20 epochs of SimSiam on toy images
 in 2:00 minutes; 10 of SDR, four sub-nets of 32 images a step, in 3:50.
@@ -661,8 +659,8 @@ def build_parser():
     group.add_argument("--weight-decay", type=number(float, 0), help="SimSiam: 1e-4")
     group.add_argument("--blur", type=number(float, 0, 1), help="its probability; SimSiam: 0.5")
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
-                       help="of everything drawn: 0")
+    group.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1),
+                       help="of everything drawn: 0; with --init or --clusters 1")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                        help="auto: cuda where there is one")
     group.add_argument("--amp", choices=("auto", "off"), default="auto",
@@ -863,6 +861,8 @@ def main():
     changed = [name for name in SDR_ONLY if getattr(args, name) != parser.get_default(name)]
     if changed and args.clusters is None:
         parser.error(f"--{changed[0].replace('_', '-')} means nothing without --clusters")
+    if args.seed is None:              # what goes on sees other views than the run before it saw
+        args.seed = 1 if args.init or args.clusters else 0
     try:
         run(args)
         if dist.is_initialized():

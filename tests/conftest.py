@@ -7,7 +7,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-os.environ.setdefault("OMP_NUM_THREADS", "1")          # of the scripts that tests start
+os.environ["OMP_NUM_THREADS"] = "1"    # of scripts that tests start: same bits as in this process
 torch.set_num_threads(1)
 
 

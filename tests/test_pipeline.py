@@ -112,7 +112,7 @@ def test_the_pipeline_leaves_what_the_headers_promise(images, start, tmp_path):
 
     printed = script(*sdr(images, start, tmp_path))
     log = [json.loads(line) for line in open(tmp_path / "sdrnet.log.jsonl")]
-    assert [line["step"] for line in log] == [10, 12, 24] and "phase 4" in printed
+    assert {10, 12, 24} <= {line["step"] for line in log} and "phase 4" in printed
     assert all(-1 <= line["loss"] <= 1 for line in log)
     assert "is finished" in script(*sdr(images, start, tmp_path))
     changed = script(*sdr(images, start, tmp_path, "--kd-weight", 2), status=2)
@@ -154,8 +154,9 @@ def test_processes_agree_across_the_border_of_phase_0(images, start, tmp_path):
     for world in (1, 2):
         processes(world, *sdr(images, start, tmp_path / str(world), "--epochs", 1))
         with open(tmp_path / str(world) / "sdrnet.log.jsonl") as file:
-            logs[world] = [json.loads(line) for line in file]
-    assert [line["phase"] for line in logs[1]] == [line["phase"] for line in logs[2]]
+            lines = [json.loads(line) for line in file]
+        logs[world] = [line for line in lines if line["step"] in (10, 12)]     # slow ones add lines
+    assert [line["phase"] for line in logs[1]] == [line["phase"] for line in logs[2]] == [4, 4]
     for key in ("loss", "sub_loss", "kd"):             # fp32 sums in another order; late they part
         assert logs[2][0][key] == pytest.approx(logs[1][0][key], abs=5e-3)
     first, other = (weights(tmp_path / world / "sdrnet.pt") for world in ("1", "2"))
