@@ -18,7 +18,8 @@ import numpy as np
 
 from reproduce import CURRENCIES, POOLS, RESULTS, ROWS, read_lines, rows_of
 
-PARTS = ("sdr", "no_kd", "l2", "shared_heads", "no_phases", "literal", "random", "one", "narrow")
+PARTS = ("sdr", "no_kd", "l2", "shared_heads", "no_phases", "literal", "random", "batches", "one",
+         "narrow")
 SIZES = ("k1", "k16", "k81", "k256")                   # of claim 8
 # ------------------------------------------------------------------------------------ numbers
 

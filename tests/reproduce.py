@@ -104,6 +104,8 @@ ROWS = {
     "shared_heads": Row("SDR, one set of heads", clusters="balanced", options="--shared-heads"),
     "no_phases": Row("SDR without phases", clusters="balanced", options="--phases 0,0,0,0,1"),
     "random": Row("SDR, random clusters of the same sizes", clusters="random"),
+    "batches": Row("one network and its heads, batches by cluster", clusters="balanced",
+                   options="--shared 0.875 --shared-heads --distill none"),    # 15/16 of W_0
     "one": Row("SDR, one sub-net for all images", clusters="one"),
     "base_narrow": Row("SimSiam of the sub-net's width, where the next goes on from", (1, 0),
                        options="--width 12", start=None),
