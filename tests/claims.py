@@ -101,6 +101,8 @@ def claims(data):
                   data.gains("sdr", row, tasks=list(data.kind_of)))
     claim("2: its largest network over SimSiam, equal epochs",
           data.gains("sdr", "simsiam", "largest"))
+    for row in ("simsiam_long", "simsiam_images_long"):
+        claim(f"2: four times as long, over {ROWS[row].text}", data.gains("sdr_long", row))
     claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
     runs = [(line["tasks"][task], line["clusters"][task])
             for line in data.rows.get("sdr", {}).values() for task in tasks]
@@ -232,8 +234,8 @@ def figures(data, results):
         "7_parts": (plot_rows, [*PARTS, *CURRENCIES]),
         "8_clusters": (plot_rows, SIZES),
         "9_scratch": (plot_rows, ["scratch", "scratch_no_phases"]),
-        "epochs": (plot_rows, [f"{name}{time}" for time in ("_half", "", "_double")
-                               for name in ("sdr", "simsiam")]),
+        "epochs": (plot_rows, [f"{name}{times}" for times in ("_long", "_double", "", "_half")
+                               for name in ("sdr", "simsiam", "simsiam_images")]),
     }
     for name, (plot, *what) in plots.items():
         if (what[-1][0] if what else "sdr") not in data.rows:          # its first row
