@@ -17,9 +17,9 @@ p = predictor(z), and sg(z) through which no gradient flows:
 
 Without --clusters the first term alone: SimSiam. With it each step draws B images uniformly for
 W_0, and m = 4 clusters in proportion to their sizes, B / 2 images of each for its sub-net. Training
-is progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. Network,
-image size, batch, rates and augmentation are then, where not given, those of the SimSiam run whose
-simsiam.pt it goes on from; --objective and --subset are given again.
+is progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. What is
+not given is then as in the SimSiam run whose simsiam.pt it goes on from, with half of its epochs
+and twice its learning rate; --objective and --subset are given again.
 
 In:   --data      a folder; default: toy images, which tests/toy.py draws into runs/toy/images
       --clusters  clusters.npy, int64 (N,), from cluster.py
@@ -655,7 +655,7 @@ def build_parser():
     group.add_argument("--epochs", type=number(float, 1e-6),
                        help="of W_0; SimSiam: 100, SDR half of --init's; paper: not given")
     group.add_argument("--batch-size", type=number(int, 2), help="B; SimSiam: 512")
-    group.add_argument("--lr", type=number(float, 1e-12), help="times B / 256; SimSiam: 0.05")
+    group.add_argument("--lr", type=number(float, 1e-12), help="x B / 256; SimSiam 0.05, SDR twice")
     group.add_argument("--weight-decay", type=number(float, 0), help="SimSiam: 1e-4")
     group.add_argument("--blur", type=number(float, 0, 1), help="its probability; SimSiam: 0.5")
     group = parser.add_argument_group("run")
@@ -700,7 +700,7 @@ def fill_defaults(args, names, recipe):
     """Fills in what was not given, by `default_values`; checks it. Raises InputError."""
     recipe, values = default_values(args, names, recipe)
     if args.clusters:
-        values["epochs"] /= 2
+        values.update(epochs=values["epochs"] / 2, lr=2 * values["lr"])
     for key, value in values.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
