@@ -46,7 +46,11 @@ def test_a_kind_alone_sees_as_many_images(tmp_path):
     assert set(order[members] % 32) == set(range(16, 24))
 
 
-def test_random_clusters_keep_their_sizes(tmp_path):
+def test_random_and_renumbered_clusters_keep_their_sizes(tmp_path):
+    reproduce.commands_of(job(tmp_path, "literal"))
+    number = np.load(tmp_path / "literal/clusters.npy")
+    first = np.load(tmp_path / "base/clusters.npy")
+    assert len(np.unique(16 * first + number)) == 16 and not np.array_equal(first, number)
     reproduce.commands_of(job(tmp_path, "random"))
     clusters = np.load(tmp_path / "random/clusters.npy")
     assert (np.bincount(clusters) == 256).all() and (clusters != np.arange(4096) % 16).any()
