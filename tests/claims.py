@@ -151,12 +151,14 @@ def task_table(data):
         cells = [spread(data.scores(row, tasks=[task]).values()) for row in alone]
         cells += [spread(data.scores("sdr", key, [task]).values()) for key in ("routed", "largest")]
         shares = [line["clusters"][task] for line in data.rows.get("sdr", {}).values()]
-        own = [100 * share.get("chosen", 0) for share in shares]
+        own, pure = ([100 * share.get(key, 0) for share in shares] for key in ("chosen", "pure"))
         body.append([task + " *" * (task in data.tuning), *cells,
-                     spread(data.gains("sdr", "simsiam", tasks=[task]), "+"), spread(own)])
+                     spread(data.gains("sdr", "simsiam", tasks=[task]), "+"), spread(own),
+                     spread(pure)])
     return table(["task", *(f"SimSiam, {text}" for text in CURRENCIES.values()),
                   "... a third", "a third, on its kind alone", "SDR routed", "its largest",
-                  "gain, equal epochs", "own kind in its cluster, %"], body)
+                  "gain, equal epochs", "own kind in the chosen cluster, %",
+                  "... in clusters of that kind's images, %"], body)
 
 
 # ------------------------------------------------------------------------------------ figures
@@ -196,6 +198,20 @@ def plot_subnets(axes, data):
     name_tasks(axes, data)
 
 
+def plot_purity(axes, data):
+    """SDR's points over SimSiam at equal epochs on each task, by how pure its kind's clusters are:
+    a mark a seed."""
+    sdr, simsiam = (data.rows.get(row, {}) for row in ("sdr", "simsiam"))
+    for task, marker in zip(data.kind_of, "os^vDPX"):
+        x = [100 * line["clusters"][task]["pure"] for seed, line in sorted(sdr.items())
+             if seed in simsiam]
+        axes.scatter(x, data.gains("sdr", "simsiam", tasks=[task]), s=40, marker=marker,
+                     label=task + " *" * (task in data.tuning))
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("images of the task's kind in the clusters of these, %")
+    axes.set_ylabel(f"points of kNN accuracy over\n{ROWS['simsiam'].text}")
+
+
 def name_tasks(axes, data):
     """Tasks along the bottom, those that chose settings with a star."""
     names = [task + " *" * (task in data.tuning) for task in data.kind_of]
@@ -229,6 +245,7 @@ def figures(data, results):
     plots = {
         "1_transfer": (plot_gains, "simsiam_third", kinds),
         "2_gains": (plot_gains, "simsiam", ["simsiam_images", "simsiam_cost", "random", "sdr"]),
+        "2_purity": (plot_purity,),
         "3_subnets": (plot_subnets,),                  # and claims 4 and 5
         "6_detection": (plot_rows, ["detect_sdr", "detect_simsiam"]),
         "7_parts": (plot_rows, [*PARTS, *CURRENCIES]),

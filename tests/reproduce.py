@@ -105,7 +105,7 @@ ROWS = {
     "shared_heads": Row("SDR, one set of heads", clusters="balanced", options="--shared-heads"),
     "no_phases": Row("SDR without phases", clusters="balanced", options="--phases 0,0,0,0,1"),
     "random": Row("SDR, random clusters of the same sizes", clusters="random"),
-    "batches": Row("one network and its heads, batches by cluster", clusters="balanced",
+    "batches": Row("One network, batches by cluster", clusters="balanced",
                    options="--shared 0.875 --shared-heads --distill none"),    # 15/16 of W_0
     "one": Row("SDR, one sub-net for all images", clusters="one"),
     "base_narrow": Row("SimSiam of the sub-net's width, where the next goes on from", (1, 0),
@@ -331,14 +331,18 @@ def read_result(folder, only=None):
 
 
 def describe_clusters(job, tasks):
-    """For each task the share of its chosen sub-net's images that are of the task's own kind."""
+    """For each task the share of images of its own kind: in the pool; in the cluster of its chosen
+    sub-net; in the cluster of an image of that kind, the mean over these, `pure`."""
     own = job.where / job.name / "clusters.npy"
     clusters = np.load(own if own.exists() else job.where / "base/clusters.npy")
     kinds = kinds_of(job)
-    shares = {"sizes": np.bincount(clusters, minlength=16).tolist()}
+    sizes = np.bincount(clusters, minlength=16)
+    shares = {"sizes": sizes.tolist()}
     for task, kind in POOLS[job.pool].kind_of.items():
         members = clusters == tasks[task]["index"]
-        shares[task] = {"pool": float((kinds == kind).mean())}
+        own = np.bincount(clusters[kinds == kind], minlength=len(sizes))
+        pure = float((own / own.sum() * own / sizes.clip(1)).sum())
+        shares[task] = {"pool": float((kinds == kind).mean()), "pure": pure}
         if members.any():
             shares[task]["chosen"] = float((kinds[members] == kind).mean())
     return shares

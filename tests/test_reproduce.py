@@ -61,7 +61,7 @@ def line(row, seed, routed, largest):
                     "tests": [30.0, 40.0]} for name in reproduce.POOLS["toy"].kind_of}
     if row != "sdr":
         tasks = {name: {"largest": largest, "images": 400} for name in tasks}
-    clusters = {name: {"pool": 0.25, "chosen": 0.75} for name in tasks}
+    clusters = {name: {"pool": 0.25, "chosen": 0.75, "pure": 0.5} for name in tasks}
     return {"pool": "toy", "seed": seed, "row": row, "commit": "c", "images": 1000, "tasks": tasks,
             "clusters": clusters, "sub_std": 0.9}
 
