@@ -138,6 +138,7 @@ ROWS = {
 }
 DETECTION = {
     "detect_sdr": Row("detection by the sub-net of figures", backbone="sdr/figures/subnet.pt"),
+    "detect_largest": Row("detection by SDR's largest network", backbone="sdr/sdrnet.pt"),
     "detect_simsiam": Row("detection by SimSiam, equal epochs", backbone="simsiam/simsiam.pt"),
 }
 
