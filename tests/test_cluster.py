@@ -149,7 +149,18 @@ def test_what_was_not_reached_is_said(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--out", tmp_path, "--k", 10, "--eps", 1e-6, "--epochs", 1)
     printed = capsys.readouterr().out
     assert "did not reach a marginal error of 0.01" in printed and "not g^4" in printed
-    assert json.loads((tmp_path / "clusters.json").read_text())["order"] == "random"
+    assert 1 < json.loads((tmp_path / "clusters.json").read_text())["effective_rank"] < 16
+
+
+def test_effective_rank_counts_directions():
+    f = np.random.default_rng(0).standard_normal((20000, 3)) @ np.eye(3, 9)            # three of 9
+    assert cluster.effective_rank(torch.from_numpy(f)) == pytest.approx(3, abs=0.05)
+    values = np.linalg.eigvalsh(np.cov((f * (1, 2, 3, 1, 1, 1, 1, 1, 1)).T, bias=True))
+    f = torch.from_numpy(f * (1, 2, 3, 1, 1, 1, 1, 1, 1))
+    expected = values.sum() ** 2 / (values ** 2).sum()
+    assert cluster.effective_rank(f - f.mean(0)) == pytest.approx(expected)
+    line = torch.arange(-5.0, 6)[:, None] * torch.tensor([1.0, 2.0])
+    assert cluster.effective_rank(line) == pytest.approx(1)
 
 
 def wrong(tmp_path):
