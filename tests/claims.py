@@ -101,8 +101,10 @@ def claims(data):
                   data.gains("sdr", row, tasks=list(data.kind_of)))
     claim("2: its largest network over SimSiam, equal epochs",
           data.gains("sdr", "simsiam", "largest"))
-    for row in ("simsiam_long", "simsiam_images_long"):
-        claim(f"2: four times as long, over {ROWS[row].text}", data.gains("sdr_long", row))
+    for times in ("double", "long"):
+        for row in (f"simsiam_{times}", f"simsiam_images_{times}"):
+            claim(f"2: {ROWS[f'sdr_{times}'].text}, over {ROWS[row].text}",
+                  data.gains(f"sdr_{times}", row))
     claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
     runs = [(line["tasks"][task], line["clusters"][task])
             for line in data.rows.get("sdr", {}).values() for task in tasks]

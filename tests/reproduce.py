@@ -117,9 +117,10 @@ ROWS = {
     "sdr_half": Row("SDR, half of the epochs", (0, 1 / 2), clusters="balanced"),
     "simsiam_double": Row("SimSiam, twice the epochs", (0, 2)),
     "sdr_double": Row("SDR, twice the epochs", (0, 2), clusters="balanced"),
+    "simsiam_images_double": Row("SimSiam, as many images as SDR of these", (0, 2 * IMAGES)),
     "simsiam_long": Row("SimSiam, four times the epochs", (0, 4)),
     "sdr_long": Row("SDR, four times the epochs", (0, 4), clusters="balanced"),
-    "simsiam_images_long": Row("SimSiam, as many images as these", (0, 4 * IMAGES)),
+    "simsiam_images_long": Row("SimSiam, as many images as SDR of these", (0, 4 * IMAGES)),
     "l2": Row("SDR, L2 in SiamKD's place", clusters="balanced", options="--distill l2"),
     "literal": Row("SDR, phases read literally", clusters="renumbered",
                    options="--phases-literal"),        # in tree order it would train one corner
