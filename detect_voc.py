@@ -734,15 +734,15 @@ def build_parser():
     group.add_argument("--random", action="store_true", help="its shape alone: the control")
     group.add_argument("--scores", help="a scores.npy: early stopping chooses among its --best")
     group.add_argument("--best", type=number(int, 2), default=4, help="sub-nets of --scores: 4")
-    group.add_argument("--early-stop", type=number(int, 1), help="iterations: 1000; toy: 60")
+    group.add_argument("--early-stop", type=number(int, 1), help="iterations: 1000; quick: 60")
     group = parser.add_argument_group("protocol")
     group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 500 "
                        "iterations of 8 images at 256 px, default for toy scenes")
-    group.add_argument("--batch-size", type=number(int, 1), help="16; lr and iterations follow it")
-    group.add_argument("--iterations", type=number(int, 1), help="24,000 x 16 / batch size")
-    group.add_argument("--lr", type=number(float, 1e-12), help="0.02 x batch size / 16")
+    group.add_argument("--batch-size", type=number(int, 1), help="16; quick: 8; the next follow")
+    group.add_argument("--iterations", type=number(int, 1), help="24,000 x 16 / B; quick 500 x 8 / B")
+    group.add_argument("--lr", type=number(float, 1e-12), help="0.02 x B / 16; quick: 0.04 x B / 8")
     group.add_argument("--test-side", type=number(int, 32),
-                       help="short side in testing: 800; in training from 0.6 of that up to it")
+                       help="short side in testing: 800; in training from 0.6 of it; quick: 256")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, 0), default=0, help="of everything drawn: 0")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",

@@ -18,8 +18,8 @@ p = predictor(z), and sg(z) through which no gradient flows:
 Without --clusters the first term alone: SimSiam. With it each step draws B images uniformly for
 W_0, and m = 4 clusters in proportion to their sizes, B / 2 images of each for its sub-net. Training
 is progressive: phase 0 W_0 alone, phase p = 1 .. 4 sub-nets whose last p stages are split. What is
-not given is then as in the SimSiam run whose simsiam.pt it goes on from, with half of its epochs
-and twice its learning rate; --objective and --subset are given again.
+not given is then as in the SimSiam run whose simsiam.pt it goes on from (the paper's starts from
+scratch: --init none), at half its epochs and twice its rate; --objective and --subset come again.
 
 In:   --data      a folder; default: toy images, which tests/toy.py draws into runs/toy/images
       --clusters  clusters.npy, int64 (N,), from cluster.py
@@ -37,8 +37,8 @@ Deviations from SimSiam's code: hue turns about the grey axis of RGB and not in 
 falls every step, not every epoch; images that fit into memory are cropped without antialiasing.
 Not known of SDR, so chosen here: sub-nets have heads of their own, copies of W_0's when they enter;
 the teacher is normalised by the cluster's own batch, as its student is; q, a copy of the predictor,
-has a constant rate as predictors do; B, m, lambda, the mean for the paper's sum over i, the phases
-and "progressive" (--phases-literal: the other reading). BYOL: by SGD with SimSiam's values.
+has a constant rate as predictors do; B, m, lambda, the phases, and what "progressive" means
+(--phases-literal: the other reading). The paper's sum over i is a mean. BYOL: SGD, as SimSiam.
 """
 import argparse
 import copy
@@ -641,7 +641,7 @@ def build_parser():
     group.add_argument("--kd-weight", type=number(float, 0), default=1.0,
                        help="lambda: 1; paper: not given")
     group.add_argument("--phases", type=read_phases, default=[1.0, 1.0, 1.0, 1.0, 4.0],
-                       help="shares of the steps of phases 0 to 4: 1,1,1,1,4; none: 0,0,0,0,1; "
+                       help="shares of the steps of phases 0 to 4: 1,1,1,1,4; without: 0,0,0,0,1; "
                        "paper: not given")
     group.add_argument("--phases-literal", action="store_true",
                        help="phase p trains complete paths that begin with an anchor's 4-p digits")

@@ -14,7 +14,7 @@ orders of epochs that `base` has not seen (its seed and 100).
 Currencies. What SDR is compared with is SimSiam, continued from the same `base` for
     epochs  as many images of the largest network as SDR's
     images  as many images as SDR forwards with gradient, through any network
-    cost    as many images as take SDR's time; an SDR step costs 4.7 SimSiam steps (bench.py step)
+    cost    as many images as take SDR's time; here an SDR step costs 4.7 SimSiam steps, views too
 
 Resumable: a row whose line stands in <results>/claims.jsonl is not run again, an unfinished one
 goes on from its last state in --work. --try writes to <results>/tried.jsonl, on seeds 10 and 11: no
