@@ -739,7 +739,7 @@ def build_parser():
     group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 500 "
                        "iterations of 8 images at 256 px, default for toy scenes")
     group.add_argument("--batch-size", type=number(int, 1), help="16; quick: 8; the next follow")
-    group.add_argument("--iterations", type=number(int, 1), help="24,000 x 16 / B; quick 500 x 8 / B")
+    group.add_argument("--iterations", type=number(int, 1), help="384,000 / B; quick: 4,000 / B")
     group.add_argument("--lr", type=number(float, 1e-12), help="0.02 x B / 16; quick: 0.04 x B / 8")
     group.add_argument("--test-side", type=number(int, 32),
                        help="short side in testing: 800; in training from 0.6 of it; quick: 256")
