@@ -206,7 +206,7 @@ def plot_purity(axes, data):
     a mark a seed."""
     sdr, simsiam = (data.rows.get(row, {}) for row in ("sdr", "simsiam"))
     for task, marker in zip(data.kind_of, "os^vDPX"):
-        x = [100 * line["clusters"][task]["pure"] for seed, line in sorted(sdr.items())
+        x = [100 * line["clusters"][task].get("pure", np.nan) for seed, line in sorted(sdr.items())
              if seed in simsiam]
         axes.scatter(x, data.gains("sdr", "simsiam", tasks=[task]), s=40, marker=marker,
                      label=task + " *" * (task in data.tuning))
