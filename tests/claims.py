@@ -255,7 +255,7 @@ def figures(data, results):
         "8_clusters": (plot_rows, SIZES),
         "9_scratch": (plot_rows, ["scratch", "scratch_no_phases"]),
         "epochs": (plot_rows, [f"{name}{times}" for times in ("_long", "_double", "", "_half")
-                               for name in ("sdr", "simsiam", "simsiam_images")]),
+                               for name in ("sdr", "random", "simsiam", "simsiam_images")]),
     }
     for name, (plot, *what) in plots.items():
         if (what[-1][0] if what else "sdr") not in data.rows:          # its first row

@@ -120,6 +120,7 @@ ROWS = {
     "simsiam_images_double": Row("SimSiam, as many images as SDR of these", (0, 2 * IMAGES)),
     "simsiam_long": Row("SimSiam, four times the epochs", (0, 4)),
     "sdr_long": Row("SDR, four times the epochs", (0, 4), clusters="balanced"),
+    "random_long": Row("SDR, random clusters, four times the epochs", (0, 4), clusters="random"),
     "simsiam_images_long": Row("SimSiam, as many images as SDR of these", (0, 4 * IMAGES)),
     "l2": Row("SDR, L2 in SiamKD's place", clusters="balanced", options="--distill l2"),
     "literal": Row("SDR, phases read literally", clusters="renumbered",
