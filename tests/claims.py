@@ -254,9 +254,10 @@ def figures(data, results):
         "7_parts": (plot_rows, [*PARTS, *CURRENCIES]),
         "8_clusters": (plot_rows, SIZES),
         "9_scratch": (plot_rows, ["scratch", "scratch_no_phases"]),
-        "epochs": (plot_rows, [f"{name}{times}" for times in ("_long", "_double", "", "_half")
-                               for name in ("sdr", "random", "simsiam", "simsiam_images")]),
     }
+    for times in ("_long", "_double"):
+        names = ("sdr", "random", "simsiam", "simsiam_images")
+        plots["2" + times] = (plot_rows, [name + t for t in (times, "") for name in names])
     for name, (plot, *what) in plots.items():
         if (what[-1][0] if what else "sdr") not in data.rows:          # its first row
             continue
