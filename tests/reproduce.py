@@ -122,6 +122,10 @@ ROWS = {
     "sdr_long": Row("SDR, four times the epochs", (0, 4), clusters="balanced"),
     "random_long": Row("SDR, random clusters, four times the epochs", (0, 4), clusters="random"),
     "simsiam_images_long": Row("SimSiam, as many images as SDR of these", (0, 4 * IMAGES)),
+    "simsiam_long_low": Row("SimSiam, four times the epochs, at 0.24", (0, 4),
+                            options="--lr 0.24"),
+    "simsiam_images_long_low": Row("SimSiam, as many images as SDR of these, at 0.24",
+                                   (0, 4 * IMAGES), options="--lr 0.24"),
     "l2": Row("SDR, L2 in SiamKD's place", clusters="balanced", options="--distill l2"),
     "literal": Row("SDR, phases read literally", clusters="renumbered",
                    options="--phases-literal"),        # in tree order it would train one corner
