@@ -102,7 +102,7 @@ def claims(data):
     claim("2: its largest network over SimSiam, equal epochs",
           data.gains("sdr", "simsiam", "largest"))
     for times in ("double", "long"):
-        for row in (f"simsiam_{times}", f"simsiam_images_{times}"):
+        for row in (name for name in ROWS if name.startswith("simsiam") and f"_{times}" in name):
             claim(f"2: {ROWS[f'sdr_{times}'].text}, over {ROWS[row].text}",
                   data.gains(f"sdr_{times}", row))
     claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
@@ -257,7 +257,8 @@ def figures(data, results):
     }
     for times in ("_long", "_double"):
         names = ("sdr", "random", "simsiam", "simsiam_images")
-        plots["2" + times] = (plot_rows, [name + t for t in (times, "") for name in names])
+        low = ["simsiam_long_low", "simsiam_images_long_low"] * (times == "_long")
+        plots["2" + times] = (plot_rows, [name + t for t in (times, "") for name in names] + low)
     for name, (plot, *what) in plots.items():
         if (what[-1][0] if what else "sdr") not in data.rows:          # its first row
             continue
