@@ -266,12 +266,12 @@ def run(args):
         names = read_listing(listing, len(f))
     rank, groups = effective_rank(f[::math.ceil(len(f) / 10000)]), round(args.k ** 0.25)
     print(f"{path}: {len(f):,} x {len(f.mean)} of effective rank {rank:.1f}", flush=True)
+    if groups ** 4 != args.k:
+        print(f"{args.k} is not g^4 (1, 16, 81, 256, ...): without an order, and not for sub-nets")
     C = learn_centroids(f, args.k, args.eps, args.temperature, args.epochs, args.lr,
                         seed=args.seed)
     if groups ** 4 == args.k:
         C = C[order_clusters(C, groups).argsort()]     # so that row i is the centroid of index i
-    else:
-        print(f"{args.k} is not g^4 (1, 16, 81, 256, ...): without an order, and not for sub-nets")
     S = scores(f, C)
     clusters = S.argmax(1).numpy()
     U, _, error, _ = sinkhorn(S, args.eps, torch.zeros(args.k, dtype=torch.float64))

@@ -681,11 +681,11 @@ def earlier_values(path):
 
 
 def default_values(args, names, recipe):
-    """(a word for them, what RECIPES hold): for SDR as --init's run had it, else by the recipe
-    named, else by the images: their median short side decides, not one stray image."""
+    """(a word for them, what RECIPES hold): for SDR as --init's run had it, but twice its rate,
+    else by the recipe named, else by the images' median short side: one stray counts little."""
     values = earlier_values(args.init) if args.clusters and args.init != "none" else {}
     if values:
-        return f"of {args.init}", values
+        return f"of {args.init}", values | {"lr": 2 * values["lr"]}    # from scratch: untried
     if recipe in ("toy", "large"):
         return recipe, dict(RECIPES[recipe])
     some = names[::max(1, len(names) // 50)]
@@ -700,7 +700,7 @@ def fill_defaults(args, names, recipe):
     """Fills in what was not given, by `default_values`; checks it. Raises InputError."""
     recipe, values = default_values(args, names, recipe)
     if args.clusters:
-        values.update(epochs=values["epochs"] / 2, lr=2 * values["lr"])
+        values["epochs"] /= 2
     for key, value in values.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)

@@ -256,9 +256,8 @@ def figures(data, results):
         "9_scratch": (plot_rows, ["scratch", "scratch_no_phases"]),
     }
     for times in ("_long", "_double"):
-        names = ("sdr", "random", "simsiam", "simsiam_images")
-        low = ["simsiam_long_low", "simsiam_images_long_low"] * (times == "_long")
-        plots["2" + times] = (plot_rows, [name + t for t in (times, "") for name in names] + low)
+        longer = [row for row in ROWS if times in row]
+        plots["2" + times] = (plot_rows, [*longer, "sdr", "random", *CURRENCIES])
     for name, (plot, *what) in plots.items():
         if (what[-1][0] if what else "sdr") not in data.rows:          # its first row
             continue

@@ -113,19 +113,6 @@ ROWS = {
     "narrow": Row("SimSiam of the sub-net's width, equal images", (0, IMAGES),
                   options="--width 12", start="base_narrow"),
     "simsiam_third": Row("SimSiam on all, a third of the images", THIRD),
-    "simsiam_half": Row("SimSiam, half of the epochs", (0, 1 / 2)),
-    "sdr_half": Row("SDR, half of the epochs", (0, 1 / 2), clusters="balanced"),
-    "simsiam_double": Row("SimSiam, twice the epochs", (0, 2)),
-    "sdr_double": Row("SDR, twice the epochs", (0, 2), clusters="balanced"),
-    "simsiam_images_double": Row("SimSiam, as many images as SDR of these", (0, 2 * IMAGES)),
-    "simsiam_long": Row("SimSiam, four times the epochs", (0, 4)),
-    "sdr_long": Row("SDR, four times the epochs", (0, 4), clusters="balanced"),
-    "random_long": Row("SDR, random clusters, four times the epochs", (0, 4), clusters="random"),
-    "simsiam_images_long": Row("SimSiam, as many images as SDR of these", (0, 4 * IMAGES)),
-    "simsiam_long_low": Row("SimSiam, four times the epochs, at 0.24", (0, 4),
-                            options="--lr 0.24"),
-    "simsiam_images_long_low": Row("SimSiam, as many images as SDR of these, at 0.24",
-                                   (0, 4 * IMAGES), options="--lr 0.24"),
     "l2": Row("SDR, L2 in SiamKD's place", clusters="balanced", options="--distill l2"),
     "literal": Row("SDR, phases read literally", clusters="renumbered",
                    options="--phases-literal"),        # in tree order it would train one corner
@@ -141,6 +128,19 @@ ROWS = {
     "byol": Row("BYOL, equal epochs", options="--objective byol", start="base_byol"),
     "sdr_byol": Row("SDR over BYOL", clusters="balanced", options="--objective byol",
                     start="base_byol"),
+    "simsiam_half": Row("SimSiam, half of the epochs", (0, 1 / 2)),
+    "sdr_half": Row("SDR, half of the epochs", (0, 1 / 2), clusters="balanced"),
+    "simsiam_double": Row("SimSiam, twice the epochs", (0, 2)),
+    "sdr_double": Row("SDR, twice the epochs", (0, 2), clusters="balanced"),
+    "simsiam_images_double": Row("SimSiam, as many images as SDR of these", (0, 2 * IMAGES)),
+    "simsiam_long": Row("SimSiam, four times the epochs", (0, 4)),
+    "sdr_long": Row("SDR, four times the epochs", (0, 4), clusters="balanced"),
+    "random_long": Row("SDR, random clusters, four times the epochs", (0, 4), clusters="random"),
+    "simsiam_images_long": Row("SimSiam, as many images as SDR of these", (0, 4 * IMAGES)),
+    "simsiam_long_low": Row("SimSiam, four times the epochs, at 0.24", (0, 4),
+                            options="--lr 0.24"),
+    "simsiam_images_long_low": Row("SimSiam, as many images as SDR of these, at 0.24",
+                                   (0, 4 * IMAGES), options="--lr 0.24"),
 }
 DETECTION = {
     "detect_sdr": Row("detection by the sub-net of figures", backbone="sdr/figures/subnet.pt"),
@@ -340,8 +340,8 @@ def read_result(folder, only=None):
 def describe_clusters(job, tasks):
     """For each task the share of images of its own kind: in the pool; in the cluster of its chosen
     sub-net; in the cluster of an image of that kind, the mean over these, `pure`."""
-    own = job.where / job.name / "clusters.npy"
-    clusters = np.load(own if own.exists() else job.where / "base/clusters.npy")
+    path = job.where / job.name / "clusters.npy"
+    clusters = np.load(path if path.exists() else job.where / "base/clusters.npy")
     kinds = kinds_of(job)
     sizes = np.bincount(clusters, minlength=16)
     shares = {"sizes": sizes.tolist()}
