@@ -339,9 +339,9 @@ def train(model, args, names, device):
             print(f"step {step + 1} of {steps}", *words, sep="  ", flush=True)
 
 
-def set_up(args):
+def set_up(args, seed=0):
     """The device; --data becomes toy images where none is given. Raises InputError."""
-    device = sdrnet.setup(seed=vars(args).get("seed", 0))
+    device = sdrnet.setup(seed=seed)
     if sdrnet.world_size() > 1:
         raise InputError("this runs on one process: start it by python, not by torchrun")
     args.data = args.data or os.path.join(sdrnet.toy_folder(), "images")
@@ -363,7 +363,9 @@ def open_tasks(args):
 def run_training(args):
     """moco and data: trains, where <out> does not hold the network; data then searches."""
     recipe = args.recipe or (None if args.data else "toy")
-    device = set_up(args)
+    if args.seed is None:              # what goes on sees other views than the run before it saw
+        args.seed = 1 if args.init else 0
+    device = set_up(args, args.seed)
     names = sdrnet.list_images(args.data, leave_out=args.out)
     pretrain.fill_defaults(args, names, recipe)
     tasks = open_tasks(args)
@@ -417,7 +419,8 @@ def build_parser():
         method.add_argument("--lr", type=number(float, 1e-12), help="times B / 256; MoCo v2: 0.03")
         method.add_argument("--queue", type=number(int, 1), default=1024,
                             help="K, keys that MoCo keeps: 1024; MoCo v2: 65536")
-        method.add_argument("--seed", type=number(int, 0), default=0, help="of what is drawn: 0")
+        method.add_argument("--seed", type=number(int, 0),
+                            help="of what is drawn: 0; with --init 1")
         method.add_argument("--fresh", action="store_true", help="start anew, over an earlier run")
         # What pretrain.py's functions read of a run beside these:
         method.set_defaults(clusters=None, sub_batch=None, amp="auto", loss="moco", task=[])
