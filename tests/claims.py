@@ -88,6 +88,12 @@ def claims(data):
     def claim(text, gains, of="seed"):
         rows.append((text, spread(gains, "+"), verdict(gains, of)))
 
+    def both(text, row, other):
+        claim(text, data.gains(row, other))
+        if data.tuning:
+            claim("... the tasks that chose settings counted too",
+                  data.gains(row, other, tasks=list(data.kind_of)))
+
     def each_task(row_of, against):
         gains = [data.gains(row_of(kind), against, tasks=[task]) for task, kind in tasks.items()]
         return [float(np.mean(values)) for values in gains if values]
@@ -95,10 +101,7 @@ def claims(data):
     claim("1: a task's own kind alone teaches more than everything, at equal images",
           each_task("only_{}".format, "simsiam_third"), "task")
     for row, text in CURRENCIES.items():
-        claim(f"2: SDR over SimSiam, {text}", data.gains("sdr", row))
-        if data.tuning:
-            claim("... the tasks that chose settings counted too",
-                  data.gains("sdr", row, tasks=list(data.kind_of)))
+        both(f"2: SDR over SimSiam, {text}", "sdr", row)
     claim("2: its largest network over SimSiam, equal epochs",
           data.gains("sdr", "simsiam", "largest"))
     for times in ("double", "long"):
@@ -117,7 +120,7 @@ def claims(data):
     for row, text in (("sdr", "SDR's sub-net"), ("largest", "its largest network")):
         claim(f"6: {text} detects better, AP", data.gains(f"detect_{row}", "detect_simsiam"))
     for row in PARTS[1:]:
-        claim(f"7: SDR over {ROWS[row].text}", data.gains("sdr", row))
+        both(f"7: SDR over {ROWS[row].text}", "sdr", row)
     for row in SIZES[:-1]:
         claim(f"8: k = 256 over k = {row[1:]}", data.gains("k256", row))
     ends = [f"{line['sub_std']:.2f}" for row in ("scratch", "scratch_no_phases")
@@ -156,11 +159,12 @@ def task_table(data):
         shares = [line["clusters"][task] for line in data.rows.get("sdr", {}).values()]
         own, pure = ([100 * share.get(key, 0) for share in shares] for key in ("chosen", "pure"))
         body.append([task + " *" * (task in data.tuning), *cells,
-                     spread(data.gains("sdr", "simsiam", tasks=[task]), "+"), spread(own),
-                     spread(pure)])
+                     *(spread(data.gains("sdr", row, tasks=[task]), "+")
+                       for row in ("simsiam", "random")), spread(own), spread(pure)])
     return table(["task", *(f"SimSiam, {text}" for text in CURRENCIES.values()),
                   "... a third", "a third, on its kind alone", "SDR routed", "its largest",
-                  "gain, equal epochs", "own kind in the chosen cluster, %",
+                  "gain, equal epochs", "... over random clusters",
+                  "own kind in the chosen cluster, %",
                   "... in clusters of that kind's images, %"], body)
 
 
@@ -201,18 +205,18 @@ def plot_subnets(axes, data):
     name_tasks(axes, data)
 
 
-def plot_purity(axes, data):
-    """SDR's points over SimSiam at equal epochs on each task, by how pure its kind's clusters are:
-    a mark a seed."""
-    sdr, simsiam = (data.rows.get(row, {}) for row in ("sdr", "simsiam"))
+def plot_purity(axes, data, rows):
+    """SDR's points over another row on each task, by how pure its kind's clusters are: a mark a
+    seed. rows: that row alone."""
+    sdr, other = (data.rows.get(row, {}) for row in ("sdr", *rows))
     for task, marker in zip(data.kind_of, "os^vDPX"):
         x = [100 * line["clusters"][task].get("pure", np.nan) for seed, line in sorted(sdr.items())
-             if seed in simsiam]
-        axes.scatter(x, data.gains("sdr", "simsiam", tasks=[task]), s=40, marker=marker,
+             if seed in other]
+        axes.scatter(x, data.gains("sdr", *rows, tasks=[task]), s=40, marker=marker,
                      label=task + " *" * (task in data.tuning))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("images of the task's kind in the clusters of these, %")
-    axes.set_ylabel(f"points of kNN accuracy over\n{ROWS['simsiam'].text}")
+    axes.set_ylabel(f"points of kNN accuracy over\n{ROWS[rows[0]].text}")
 
 
 def name_tasks(axes, data):
@@ -248,7 +252,7 @@ def figures(data, results):
     plots = {
         "1_transfer": (plot_gains, "simsiam_third", kinds),
         "2_gains": (plot_gains, "simsiam", ["simsiam_images", "simsiam_cost", "random", "sdr"]),
-        "2_purity": (plot_purity,),
+        "7_purity": (plot_purity, ["random"]),
         "3_subnets": (plot_subnets,),                  # and claims 4 and 5
         "6_detection": (plot_rows, ["detect_sdr", "detect_largest", "detect_simsiam"]),
         "7_parts": (plot_rows, [*PARTS, *CURRENCIES]),
