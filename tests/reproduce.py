@@ -17,8 +17,9 @@ Currencies. What SDR is compared with is SimSiam, continued from the same `base`
     cost    as many images as take SDR's time; here an SDR step costs 4.7 SimSiam steps, views too
 
 Resumable: a row whose line stands in <results>/claims.jsonl is not run again, an unfinished one
-goes on from its last state in --work. --try writes to <results>/tried.jsonl, on seeds 10 and 11: no
-claim counts these. A change of the method voids the lines of the commits before it: remove them.
+goes on from its last state in --work, and its minutes are the last piece's. --try writes to
+<results>/tried.jsonl, on seeds 10 and 11: no claim counts these. A change of the method voids the
+lines of the commits before it: remove them.
 """
 import argparse
 import itertools
@@ -133,8 +134,8 @@ ROWS = {
     "simsiam_double": Row("SimSiam, twice the epochs", (0, 2)),
     "sdr_double": Row("SDR, twice the epochs", (0, 2), clusters="balanced"),
     "simsiam_images_double": Row("SimSiam, as many images as SDR of these", (0, 2 * IMAGES)),
-    # Rates of what trains longest: the best of those tried on toy images, seed 10.
     "simsiam_long": Row("SimSiam, four times the epochs", (0, 4)),
+    # These want rates of their own: the best of those tried on toy images, seed 10.
     "sdr_long": Row("SDR, four times the epochs", (0, 4), clusters="balanced",
                     options="--lr 0.48"),
     "simsiam_images_long": Row("SimSiam, as many images as SDR of these", (0, 4 * IMAGES),
