@@ -4,7 +4,7 @@
     python tests/claims.py --results FOLDER
 
 In:   <results>/claims.jsonl   a line a run: its row, seed, command, commit, and every score
-Out:  <results>/claims.md      for each pool the claims with a verdict, all rows, all tasks
+Out:  <results>/claims.md      the claims with a verdict for each pool; then its rows, its tasks
       <results>/<pool>_*.png   a figure a claim, of what was measured; with matplotlib
 
 Scores are kNN accuracies on test images in percent, detection's AP in percent by COCO's rule. A
@@ -51,26 +51,26 @@ class Lines:
         return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def spread(values, sign=""):
+def spread(values, sign="", digits=1):
     """"37.5 ± 1.6" of several, "37.5" of one, "" of none."""
     values = list(values)
     if not values:
         return ""
-    text = f"{np.mean(values):{sign}.1f}"
-    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.1f}"
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def verdict(gains, of="seed"):
-    """What seeds, or tasks, say of "is above": in words."""
+    """The mean, and what seeds, or tasks, say of "is above 0", in words; "" where there are none."""
     above = sum(gain > 0 for gain in gains)
     if not gains:
-        return "not measured"
+        return ""
+    text = f"in {above} of {len(gains)} {of}s"
     if len(gains) == 1:
-        return f"{'above' if above else 'not above'}, in the one {of}"
-    word = "in"
-    if above in (0, len(gains)):
-        word = "holds," if above else "does not hold,"
-    return f"{word} {above} of {len(gains)} {of}s"
+        text = f"{'above' if above else 'not above'}, one {of}"
+    elif above in (0, len(gains)):
+        text = f"{'holds' if above else 'does not hold'}, {above} of {len(gains)} {of}s"
+    return f"{spread(gains, '+')}: {text}"
 
 
 # ------------------------------------------------------------------------------------ tables
@@ -82,17 +82,16 @@ def table(head, rows):
 
 
 def claims(data):
-    """[(claim, what is measured, verdict), ...] of a pool."""
-    rows, tasks = [], {task: data.kind_of[task] for task in data.counted}
+    """{claim: what is measured and the verdict, "" where it is not measured} of a pool."""
+    cells, tasks = {}, {task: data.kind_of[task] for task in data.counted}
 
     def claim(text, gains, of="seed"):
-        rows.append((text, spread(gains, "+"), verdict(gains, of)))
+        cells[text] = verdict(gains, of)
 
     def both(text, row, other):
         claim(text, data.gains(row, other))
-        if data.tuning:
-            claim("... the tasks that chose settings counted too",
-                  data.gains(row, other, tasks=list(data.kind_of)))
+        if data.tuning and cells[text]:                # with the tasks that chose settings
+            cells[text] += f"; * {verdict(data.gains(row, other, tasks=list(data.kind_of)))}"
 
     def each_task(row_of, against):
         gains = [data.gains(row_of(kind), against, tasks=[task]) for task, kind in tasks.items()]
@@ -123,12 +122,11 @@ def claims(data):
         both(f"7: SDR over {ROWS[row].text}", "sdr", row)
     for row in SIZES[:-1]:
         claim(f"8: k = 256 over k = {row[1:]}", data.gains("k256", row))
-    ends = " ".join(f"{line['sub_std']:.2f}" for row in ("scratch", "scratch_no_phases")
-                    for line in data.rows.get(row, {}).values())
-    claim("9: from scratch, with phases over without" +
-          f"; std of sub-nets at the end {ends}" * bool(ends),
-          data.gains("scratch", "scratch_no_phases"))
-    return rows
+    claim("9: from scratch, with phases over without", data.gains("scratch", "scratch_no_phases"))
+    for row, text in (("scratch", "with"), ("scratch_no_phases", "without")):
+        cells[f"9: the least std of a sub-net at the end, {text}"] = spread(
+            (line["sub_std"] for line in data.rows.get(row, {}).values()), digits=2)
+    return cells
 
 
 def row_table(data):
@@ -278,23 +276,21 @@ def figures(data, results):
 
 def render(results):
     """claims.md and the figures from claims.jsonl."""
-    lines, parts = read_lines(results / "claims.jsonl"), []
-    for pool in POOLS:
-        data = Lines(lines, pool)
-        if not data.rows:
-            continue
+    lines = read_lines(results / "claims.jsonl")
+    pools = [data for data in (Lines(lines, pool) for pool in POOLS) if data.rows]
+    columns = [claims(data) for data in pools]
+    parts = ["# The claims, by tests/claims.py\n",
+             "kNN accuracy on test images, %. Tasks with * chose settings: no mean counts them, but "
+             "those after a *. An empty cell was not measured.\n",
+             table(["claim", *(data.pool for data in pools)],
+                   [[text, *(column[text] for column in columns)] for text in columns[0]])]
+    for data in pools:
         commits, seeds = ({line[key] for line in data.lines} for key in ("commit", "seed"))
-        rows = claims(data)
-        lacking = "; ".join(text for text, measured, _ in rows
-                            if not measured and not text.startswith("..."))
-        parts += [f"## {pool}\n", f"Seeds {sorted(seeds)}; commits {', '.join(sorted(commits))}; "
-                  "kNN accuracy on test images, %."
-                  + " Tasks with * chose settings: no mean counts them." * bool(data.tuning) + "\n",
-                  table(["claim", "measured", "verdict"], [row for row in rows if row[1]]),
-                  *[f"Not measured: {lacking}.\n"] * bool(lacking), row_table(data),
-                  task_table(data)]
+        parts += [f"## {data.pool}\n",
+                  f"Seeds {sorted(seeds)}; commits {', '.join(sorted(commits))}.\n",
+                  row_table(data), task_table(data)]
         figures(data, results)
-    (results / "claims.md").write_text("# The claims, by tests/claims.py\n\n" + "\n".join(parts))
+    (results / "claims.md").write_text("\n".join(parts))
 
 
 def main():
