@@ -61,7 +61,7 @@ def spread(values, sign="", digits=1):
 
 
 def verdict(gains, of="seed"):
-    """The mean, and what seeds, or tasks, say of "is above 0", in words; "" where there are none."""
+    """The mean, and what seeds, or tasks, say of "is above 0", in words; "" of none."""
     above = sum(gain > 0 for gain in gains)
     if not gains:
         return ""
