@@ -280,8 +280,8 @@ def render(results):
     pools = [data for data in (Lines(lines, pool) for pool in POOLS) if data.rows]
     columns = [claims(data) for data in pools]
     parts = ["# The claims, by tests/claims.py\n",
-             "kNN accuracy on test images, %. Tasks with * chose settings: no mean counts them, but "
-             "those after a *. An empty cell was not measured.\n",
+             "kNN accuracy on test images, %. Tasks with * chose settings: only means after a * "
+             "count them. An empty cell was not measured.\n",
              table(["claim", *(data.pool for data in pools)],
                    [[text, *(column[text] for column in columns)] for text in columns[0]])]
     for data in pools:
