@@ -108,14 +108,18 @@ def claims(data):
             claim(f"2: {ROWS[f'sdr_{times}'].text}, over {ROWS[row].text}",
                   data.gains(f"sdr_{times}", row))
     claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
-    runs = [(line["tasks"][task], line["clusters"][task])
-            for line in data.rows.get("sdr", {}).values() for task in tasks]
-    claim("4: sub-nets differ on a task: their leave-one-out and test scores, of different images, "
-          "correlate, %", [100 * one.get("correlation", 0.0) for one, _ in runs], "case")
+    for row in ("sdr", "random", "sdr_long"):
+        claim(f"4: {ROWS[row].text}: leave-one-out and test scores of sub-nets, of different "
+              "images, correlate, %", [100 * np.mean([line["tasks"][task].get("correlation", 0.0)
+                                                      for task in tasks])
+                                       for line in data.rows.get(row, {}).values()])
+        routed, mean = data.scores(row), data.scores(row, "mean")
+        claim(f"5: {ROWS[row].text}: the chosen sub-net over the mean of all",
+              [routed[seed] - mean[seed] for seed in routed])
+    shares = [line["clusters"][task] for line in data.rows.get("sdr", {}).values()
+              for task in tasks]
     claim("5: the chosen cluster holds more of the task's kind than the pool, % points",
-          [100 * (share.get("chosen", 0) - share["pool"]) for _, share in runs], "case")
-    claim("5: the chosen sub-net over the mean of all",
-          [one["routed"] - one["mean"] for one, _ in runs], "case")
+          [100 * (share.get("chosen", 0) - share["pool"]) for share in shares], "case")
     for row, text in (("sdr", "SDR's sub-net"), ("largest", "its largest network")):
         claim(f"6: {text} detects better, AP", data.gains(f"detect_{row}", "detect_simsiam"))
     for row in PARTS[1:]:
