@@ -340,7 +340,8 @@ def read_result(folder, only=None):
 
 def describe_clusters(job, tasks):
     """For each task the share of images of its own kind: in the pool; in the cluster of its chosen
-    sub-net; in the cluster of an image of that kind, the mean over these, `pure`."""
+    sub-net; in the cluster of an image of that kind, the mean over these, `pure`. And the share of
+    clusters that hold more of it than the pool does, `above`."""
     path = job.where / job.name / "clusters.npy"
     clusters = np.load(path if path.exists() else job.where / "base/clusters.npy")
     kinds = kinds_of(job)
@@ -349,8 +350,9 @@ def describe_clusters(job, tasks):
     for task, kind in POOLS[job.pool].kind_of.items():
         members = clusters == tasks[task]["index"]
         own = np.bincount(clusters[kinds == kind], minlength=len(sizes))
-        pure = float((own / own.sum() * own / sizes.clip(1)).sum())
-        shares[task] = {"pool": float((kinds == kind).mean()), "pure": pure}
+        pool = float((kinds == kind).mean())
+        shares[task] = {"pool": pool, "above": float((own > pool * sizes).mean()),
+                        "pure": float((own / own.sum() * own / sizes.clip(1)).sum())}
         if members.any():
             shares[task]["chosen"] = float((kinds[members] == kind).mean())
     return shares

@@ -61,7 +61,7 @@ def line(row, seed, routed, largest):
                     "tests": [30.0, 40.0]} for name in reproduce.POOLS["toy"].kind_of}
     if row != "sdr":
         tasks = {name: {"largest": largest, "images": 400} for name in tasks}
-    clusters = {name: {"pool": 0.25, "chosen": 0.75, "pure": 0.5} for name in tasks}
+    clusters = {name: {"pool": 0.25, "chosen": 0.75, "pure": 0.5, "above": 0.25} for name in tasks}
     return {"pool": "toy", "seed": seed, "row": row, "commit": "c", "images": 1000, "tasks": tasks,
             "clusters": clusters, "sub_std": 0.9}
 
@@ -76,6 +76,7 @@ def test_tables_say_what_the_lines_hold(tmp_path):
     assert "| 2: SDR over SimSiam, equal cost |  |" in text
     assert "| SDR | 34.0 ± 2.8 | 32.0 ± 1.4 | 30.0 ± 0.0 | 40.0 ± 0.0 | +2.5 ± 4.9 |" in text
     assert "+50.0 ± 0.0: holds, 8 of 8 cases |" in text
+    assert "| 5: ... by chance in as many cases | 2.0 |" in text
 
 
 def test_tasks_that_chose_settings_are_left_out_of_means():
