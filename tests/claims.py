@@ -93,12 +93,16 @@ def claims(data):
         if data.tuning and cells[text]:                # with the tasks that chose settings
             cells[text] += f"; * {verdict(data.gains(row, other, tasks=list(data.kind_of)))}"
 
-    def each_task(row_of, against):
+    def each_task(row_of, against, tasks=tasks):
         gains = [data.gains(row_of(kind), against, tasks=[task]) for task, kind in tasks.items()]
         return [float(np.mean(values)) for values in gains if values]
 
     claim("1: a task's own kind alone teaches more than everything, at equal images",
           each_task("only_{}".format, "simsiam_third"), "task")
+    alone = each_task("only_{}".format, "simsiam_third", data.kind_of)
+    gained = each_task(lambda kind: "sdr", "simsiam_images", data.kind_of)
+    cells["1: ... and what SDR gains on a task, at equal images: correlation over all tasks"] = (
+        f"{np.corrcoef(alone, gained)[0, 1]:+.2f}" if len(alone) == len(gained) > 2 else "")
     for row, text in CURRENCIES.items():
         both(f"2: SDR over SimSiam, {text}", "sdr", row)
     claim("2: its largest network over SimSiam, equal epochs",
