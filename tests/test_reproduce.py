@@ -90,6 +90,18 @@ def test_tasks_that_chose_settings_are_left_out_of_means():
     assert data.gains("sdr", "simsiam", tasks=list(data.kind_of)) == [20.0]
 
 
+def test_what_own_images_gain_is_set_against_what_sdr_gains():
+    """Of four worlds the one that gains most by its own images gains least by SDR."""
+    lines = [line("simsiam_third", 3, 0.0, 10.0), line("simsiam_images", 3, 0.0, 20.0),
+             line("sdr", 3, 0.0, 0.0)]
+    for i, world in enumerate(reproduce.POOLS["toy"].kind_of):
+        lines[2]["tasks"][world]["routed"] = 25.0 - i
+        lines.append(line(f"only_{world}", 3, 0.0, 10.0 + i))
+    text = "1: ... and what SDR gains on a task, at equal images: correlation over all tasks"
+    assert claims.claims(claims.Lines(lines, "toy"))[text] == "-1.00"
+    assert claims.claims(claims.Lines(lines[:-1], "toy"))[text] == ""  # one world is not measured
+
+
 @pytest.mark.parametrize("script, option, named", [("reproduce", "--only", "nonsense"),
                                                    ("claims", "--results", "nowhere")])
 def test_what_is_not_there_is_one_line(tmp_path, script, option, named):
