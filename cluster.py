@@ -73,7 +73,7 @@ def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0,
     optimizer = torch.optim.SGD([C], lr=lr, momentum=0.9)
     v = torch.zeros(k, dtype=torch.float64, device=C.device)
     for epoch in range(epochs):
-        with torch.no_grad():                          # as scores(): it lifts with sinkhorn alone
+        with torch.no_grad():
             S = torch.cat([f[a:a + chunk] @ C.T for a in range(0, len(f), chunk)])     # (N, k)
         U, v, error, rounds = sinkhorn(S, eps, v)
         order, total = rng.permutation(len(f)), 0.0
@@ -89,11 +89,6 @@ def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0,
         print(f"epoch {epoch + 1}: {rounds} Sinkhorn rounds, marginal error {error:.3f}, "
               f"cross-entropy {total:.4f}", flush=True)
     return C.detach()
-
-
-def scores(f, C, chunk=8192):
-    """S = F^T C: features (N, D), as learn_centroids takes them, centroids (k, D) -> (N, k)."""
-    return torch.cat([f[a:a + chunk] @ C.T for a in range(0, len(f), chunk)])
 
 
 def objective(U, S, eps):
@@ -264,6 +259,9 @@ def run(args):
     listing, names = next(filter(os.path.exists, listings), listings[1]), []
     if os.path.exists(listing):
         names = read_listing(listing, len(f))
+    own = os.path.join(args.out, "images.txt")
+    if names and os.path.exists(own) and read_listing(own, len(f)) != names:
+        raise InputError(f"{own} and {listing} name different images: give another --out")
     rank, groups = effective_rank(f[::math.ceil(len(f) / 10000)]), round(args.k ** 0.25)
     print(f"{path}: {len(f):,} x {len(f.mean)} of effective rank {rank:.1f}", flush=True)
     if groups ** 4 != args.k:
@@ -272,7 +270,7 @@ def run(args):
                         seed=args.seed)
     if groups ** 4 == args.k:
         C = C[order_clusters(C, groups).argsort()]     # so that row i is the centroid of index i
-    S = scores(f, C)
+    S = torch.cat([f[a:a + 8192] @ C.T for a in range(0, len(f), 8192)])               # (N, k)
     clusters = S.argmax(1).numpy()
     U, _, error, _ = sinkhorn(S, args.eps, torch.zeros(args.k, dtype=torch.float64))
     sizes = np.bincount(clusters, minlength=args.k)

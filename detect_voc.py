@@ -74,7 +74,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN
@@ -256,9 +256,9 @@ def clip_boxes(boxes, size, path):
     boxes = boxes - (1, 1, 0, 0)
     inside = boxes.clip(0, (width, height, width, height))
     for box, kept in zip(boxes, inside):
-        if not (box[2:] > box[:2]).all():              # so that "nan" is none either
+        if not (box[2:] - box[:2] > 0.999).all():      # so that "nan" is none either
             raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} has no area")
-        if np.abs(box - kept).max() > 1 or (kept[2:] <= kept[:2]).any():
+        if np.abs(box - kept).max() > 1 or (kept[2:] - kept[:2] < 0.999).any():
             raise InputError(f"{path}: box {(box + (1, 1, 0, 0)).tolist()} is outside of its image "
                              f"of {width} x {height}")
     return inside
@@ -270,11 +270,11 @@ class VOC(Dataset):
 
     entries: [(folder of a year, image's name), ...] of `read_split`; classes: names, or None for
     those found. Attributes: paths, turned (by EXIF), sizes [(width, height)], boxes, labels,
-    difficult. Raises InputError."""
+    difficult, digest (of names and annotations). Raises InputError."""
 
     def __init__(self, entries, classes=None):
         self.paths, self.turned, self.sizes, self.boxes, self.difficult = [], [], [], [], []
-        words = []
+        words, digest = [], hashlib.sha256()
         for folder, name in sdrnet.progress(entries, "annotations", len(entries)):
             annotation = os.path.join(folder, "Annotations", f"{name}.xml")
             said, boxes, names, difficult = read_annotation(annotation)
@@ -282,6 +282,7 @@ class VOC(Dataset):
             if unknown:
                 raise InputError(f"{annotation}: class {min(unknown)!r} is not one of "
                                  f"{', '.join(classes)}")
+            digest.update(os.fsencode(name) + Path(annotation).read_bytes())
             path = find_image(folder, name)
             turned, size = image_size(path, said)
             self.paths.append(path)
@@ -291,6 +292,7 @@ class VOC(Dataset):
             self.difficult.append(difficult)
             words.append(names)
         self.classes = list(classes or sorted(set().union(*words)))
+        self.digest = digest.hexdigest()
         self.labels = [np.array([self.classes.index(w) for w in names], int) for names in words]
         if not any(words):
             raise InputError(f"{entries[0][0]}: no image of the split has an object")
@@ -303,9 +305,7 @@ class VOC(Dataset):
 
     def pixels(self, i):
         """Image i as its annotation sees it, a PIL image in RGB. Raises what PIL raises."""
-        with Image.open(self.paths[i]) as image:
-            image = ImageOps.exif_transpose(image) if self.turned[i] else image
-            return image.convert("RGB")
+        return sdrnet.read_rgb(self.paths[i], self.turned[i])
 
     def __getitem__(self, item):
         i, side, mirrored = item
@@ -372,7 +372,7 @@ def read_split(voc, sets):
             entries.append((folder, name))
         if not lines:
             raise InputError(f"{path} names no image")
-    return entries
+    return list(dict.fromkeys(entries))                # named twice, an image counts once
 
 
 # ------------------------------------------------------------------------------------ detector
@@ -549,9 +549,7 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
     ten minutes, at a signal and at the end; None: none."""
     optimizer = make_optimizer(model)
     first = sdrnet.resume(path, arguments, model, optimizer) if path else 0
-    ddp = model
-    if sdrnet.world_size() > 1:
-        ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model) if sdrnet.world_size() > 1 else model
     model.train()
     began = shown = saved = time.time()
     for step, images, targets in training_batches(data, indices, args, first, iterations, device):
@@ -663,8 +661,7 @@ def make_detector(source, digits, data, args, device):
     sdrnet.print0(message)
     torch.manual_seed(args.seed)                       # the same whatever was drawn above
     quick = args.recipe == "quick"
-    model = build_detector(net, len(data.classes), args.test_side, quick, args.amp)
-    return model.to(device)
+    return build_detector(net, len(data.classes), args.test_side, quick, args.amp).to(device)
 
 
 # ------------------------------------------------------------------------------------ what is shown
@@ -688,9 +685,8 @@ def draw_detections(data, found, path, count=8, least=0.5, side=320):
             draw = ImageDraw.Draw(picture)
             for box, label, text in zip(boxes * scale, labels, texts):
                 draw.rectangle(box.tolist(), outline=colours[label], width=2)
-                place = (box[0] + 2, max(0, box[1] - 13))
-                draw.text(place, text, fill="white", font=ImageFont.load_default(size=12),
-                          stroke_width=2, stroke_fill=colours[label])
+                draw.text((box[0] + 2, max(0, box[1] - 13)), text, fill="white", stroke_width=2,
+                          stroke_fill=colours[label], font=ImageFont.load_default(size=12))
             sheet.paste(picture, ((2 * (n % 2) + column) * (side + 6), n // 2 * (side + 6)))
     sdrnet.save_file(path, functools.partial(sheet.save, format="PNG"))
 
@@ -710,7 +706,7 @@ RECIPES = {                                            # where no option says ot
     "quick": dict(batch_size=8, iterations=500, lr=0.04, warmup=50, test_side=256,
                   sides=[256], precise_bn=20, early_stop=60),
 }
-RUN_ONLY = ("out", "device", "workers", "fresh")       # may change in a run
+RUN_ONLY = ("voc", "out", "device", "workers", "fresh")            # may change in a run
 
 
 def build_parser():
@@ -720,8 +716,7 @@ def build_parser():
                                      usage=argparse.SUPPRESS)
     group = parser.add_argument_group("images")
     group.add_argument("--voc", help="VOCdevkit, or a folder with ImageSets/; default: toy scenes")
-    group.add_argument("--train", default="2007:trainval,2012:trainval",
-                       help="splits to train on: 2007:trainval,2012:trainval")
+    group.add_argument("--train", help="splits to train on: 2007:trainval,2012:trainval")
     group.add_argument("--test", default="2007:test", help="splits to test on: 2007:test")
     group.add_argument("--classes", help="names, with commas between; default: those found")
     group.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
@@ -733,7 +728,7 @@ def build_parser():
     group.add_argument("--path", help="of its sub-net, as in 0,2,1,3")
     group.add_argument("--random", action="store_true", help="its shape alone: the control")
     group.add_argument("--scores", help="a scores.npy: early stopping chooses among its --best")
-    group.add_argument("--best", type=number(int, 2), default=4, help="sub-nets of --scores: 4")
+    group.add_argument("--best", type=number(int, 2), help="sub-nets to try: 4; without --scores 1")
     group.add_argument("--early-stop", type=number(int, 1), help="iterations: 1000; quick: 60")
     group = parser.add_argument_group("protocol")
     group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 500 "
@@ -776,25 +771,31 @@ def list_candidates(args):
     for source in sources:
         if not os.path.isfile(source):
             raise InputError(f"no file {source}: run the stage before, or name a --backbone")
-    if not args.scores and (args.backbone or args.path):
+    if not args.scores and not args.best and (args.backbone or args.path):
         return [(source, source, args.path) for source in sources]
-    if args.scores and (args.path or len(sources) > 1):
-        raise InputError("--scores chooses among the paths of one --backbone: leave out --path and "
-                         "other checkpoints")
-    files, count = [args.scores], args.best
+    if args.path or len(sources) > 1:
+        raise InputError("--scores and --best choose among the paths of one --backbone: leave out "
+                         "--path and other checkpoints")
+    files, count = [args.scores], args.best or 4
     if not args.scores:
-        files, count = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy"))), 1
+        files = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy")))
+        count = args.best or 1
     if not files:
         raise InputError(f"no task was routed in {args.out}: run route.py, or name a --backbone")
     groups = sdrnet.load_checkpoint(sources[0], "sdrnet")["config"]["groups"]
-    tables, candidates = [np.zeros(groups ** sdrnet.STAGES)], []
+    weights = hashlib.sha256(Path(sources[0]).read_bytes()).hexdigest()
+    tables, candidates = [], []
     for file in files:
         try:
-            tables.append(tables[0] + np.load(file))   # fails for another count of sub-nets
-        except (OSError, ValueError, EOFError, TypeError):
-            raise InputError(f"{file}: no scores.npy of the {groups}^4 sub-nets of "
-                             f"{sources[0]}") from None
-    scores = np.mean(tables[1:], axis=0)
+            tables.append(np.load(file))
+        except (OSError, ValueError, EOFError):
+            tables.append(np.empty(0))
+        if tables[-1].shape != (groups ** 4,) or not np.isfinite(tables[-1]).all():
+            raise InputError(f"{file}: no scores.npy of the {groups}^4 sub-nets of {sources[0]}")
+        result = Path(file).with_name("result.json")
+        if result.exists() and weights not in result.read_text():
+            raise InputError(f"{file} is of another {sources[0]}: run route.py again")
+    scores = np.mean(tables, axis=0)
     for index in np.argsort(-scores, kind="stable")[:count].tolist():
         digits = ",".join(map(str, sdrnet.index_to_path(index, groups)))
         candidates.append((f"sub-net {index}, path {digits}", sources[0], digits))
@@ -822,7 +823,8 @@ def run(args):
     if args.voc is None:
         args.recipe = args.recipe or "quick"
         args.voc = os.path.join(sdrnet.toy_folder(), "VOCdevkit")
-        args.train = "2007:trainval"
+        args.train = args.train or "2007:trainval"
+    args.train = args.train or "2007:trainval,2012:trainval"
     fill_defaults(args)
     candidates = list_candidates(args)
     data, tests = open_images(args)
@@ -832,6 +834,7 @@ def run(args):
     place = functools.partial(os.path.join, args.out, "detection")
     arguments = {key: value for key, value in vars(args).items() if key not in RUN_ONLY}
     arguments["candidates"] = [name for name, _, _ in candidates]
+    arguments["annotations"] = [data.digest, tests.digest]
     arguments["weights"] = [hashlib.sha256(Path(source).read_bytes()).hexdigest()
                             for source in dict.fromkeys(source for _, source, _ in candidates)]
     if sdrnet.rank() == 0:

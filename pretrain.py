@@ -38,7 +38,8 @@ falls every step, not every epoch; images that fit into memory are cropped witho
 Not known of SDR, so chosen here: sub-nets have heads of their own, copies of W_0's when they enter;
 the teacher is normalised by the cluster's own batch, as its student is; q, a copy of the predictor,
 has a constant rate as predictors do; B, m, lambda, the phases, and what "progressive" means
-(--phases-literal: the other reading). The paper's sum over i is a mean. BYOL: SGD, as SimSiam.
+(--phases-literal: the other reading). The paper's sum over i is a mean. BYOL: views, SGD and rate
+as SimSiam's; hidden layers of --head (BYOL's own: 4096).
 """
 import argparse
 import copy
@@ -64,9 +65,10 @@ from sdrnet import InputError
 
 # ------------------------------------------------------------------------------------ views
 # Each view of each image has a row of numbers of its own, uniform in [0, 1), a function of (seed,
-# step, position in the global batch, view). All of its augmentation follows from that row. What is
-# drawn has streams of its own, the second number of a seed: 0 views, 1 orders of epochs, 2 sub-nets
-# and their images, 3 the anchor, 4 images for statistics.
+# step, position in the global batch, view). All of its augmentation follows from that row.
+#
+# What is drawn comes from np.random.default_rng([seed, stream, ...]). Streams: 0 views, 1 orders of
+# epochs (sdrnet.permutation), 2 sub-nets and their images, 3 the anchor, 4 images for statistics.
 
 TRIES = 10                                             # shapes of a crop, of which not all may fit
 NUMBERS = 2 * TRIES + 2 + 1 + 9 + 1 + 2                # crop 2 TRIES + 2, flip, colour, grey, blur
@@ -167,7 +169,7 @@ def gaussian_blur(x, sigma, reach=6):
 def make_views(x, u, blur):
     """SimSiam's augmentation after the crop: x float32 (n, 3, S, S) in [0, 1], u (n, NUMBERS).
 
-    blur: its probability. Returns (n, 3, S, S), normalised."""
+    blur: its probability. Returns (n, 3, S, S), normalised; x is changed in place."""
     flip, colour, grey_or_not, blur_or_not = u[:, 2 * TRIES + 2:].split([1, 9, 1, 2], 1)
     x = colour_jitter(x, colour)
     rows = (grey_or_not[:, 0] < 0.2).nonzero()[:, 0].to(x.device)
@@ -204,7 +206,7 @@ def feature_std(z):
 
 def mlp(widths, last_norm=False):
     """Linear, BatchNorm, ReLU, ..., Linear; last_norm: and a BatchNorm without scale and shift, as
-    SimSiam's projector ends in. Always normalised by the batch, for no head is used without one."""
+    SimSiam's projector ends in. Heads serve training alone: their norms keep no statistics."""
     layers = []
     for i, (inp, out) in enumerate(zip(widths, widths[1:])):
         last = i == len(widths) - 2
@@ -248,7 +250,7 @@ class SDR(nn.Module):
         if not shared_heads:
             self.sub_projector = copy.deepcopy(self.projector)
             self.sub_predictor = copy.deepcopy(self.predictor)
-        self.distiller = copy.deepcopy(self.predictor)                        # q
+        self.distiller = copy.deepcopy(self.predictor) if distill == "siamkd" else None   # q
         self.target = None
         if objective == "byol":
             online = nn.ModuleList([self.net, self.projector, self.sub_projector])
@@ -259,7 +261,8 @@ class SDR(nn.Module):
         """When sub-nets begin to train: their heads, and q, start as copies of W_0's."""
         self.sub_projector.load_state_dict(self.projector.state_dict())
         self.sub_predictor.load_state_dict(self.predictor.state_dict())
-        self.distiller.load_state_dict(self.predictor.state_dict())
+        if self.distiller is not None:
+            self.distiller.load_state_dict(self.predictor.state_dict())
         if self.target is not None:
             self.target[2].load_state_dict(self.target[1].state_dict())
 
@@ -353,12 +356,6 @@ def cluster_batches(step, seed, clusters, groups, phase, subnets, batch, literal
     return chosen
 
 
-def my_rows(count):
-    """Which of `count` rows of a global batch are this process's: int64 (count / processes,)."""
-    share = count // sdrnet.world_size()
-    return np.arange(share) + share * sdrnet.rank()
-
-
 # ------------------------------------------------------------------------------------ loading
 
 def two_crops(image, u, size):
@@ -403,7 +400,7 @@ def step_parts(step, args, count, clusters, groups, steps):
     sizes = [len(images) for _, images in parts]
     mine, u = [], uniform_numbers(args.seed, step, sum(sizes))
     for (path, images), numbers in zip(parts, u.split(sizes)):
-        rows = my_rows(len(images))
+        rows = np.array_split(np.arange(len(images)), sdrnet.world_size())[sdrnet.rank()]
         mine.append((path, images[rows], numbers[rows]))
     return mine
 
@@ -440,9 +437,9 @@ def make_optimizer(model, weight_decay):
     predictors = nn.ModuleList([model.predictor, model.sub_predictor, model.distiller])
     constant = {id(p) for p in predictors.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if id(p) not in constant], "constant": False},
-              {"params": [p for p in trained if id(p) in constant], "constant": True}]
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    rates = [{"params": [p for p in trained if id(p) not in constant], "constant": False},
+             {"params": [p for p in trained if id(p) in constant], "constant": True}]
+    return torch.optim.SGD(rates, lr=0.1, momentum=0.9, weight_decay=weight_decay)
 
 
 def set_lr(optimizer, base, step, steps):
@@ -467,26 +464,28 @@ def train_step(model, optimizer, x, subs, device, amp):
     return dict(zip(log, (values / sdrnet.world_size()).tolist()))
 
 
-def log_line(path, line):
-    """A line of progress on the screen and, as JSON, in the log beside the state `path`."""
+def log_line(last, line):
+    """A line of progress on the screen and, as JSON, in the log beside the state file `last`."""
     if sdrnet.rank() == 0:
         texts = (f"{value:.3f}" if isinstance(value, float) else value for value in line.values())
         print("  ".join(f"{key} {text}" for key, text in zip(line, texts)), flush=True)
-        with open(path.replace(".last.pt", ".log.jsonl"), "a") as file:
+        with open(last.replace(".last.pt", ".log.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def train(model, args, names, clusters, groups, device, path, arguments):
-    """The loop: from the state at `path`, if there is one, to the last step."""
+def train(model, args, names, clusters, device, last, arguments):
+    """The loop: from the state in the file `last`, if there is one, to the last step."""
     steps = max(1, round(args.epochs * len(names) / args.batch_size))
     per_epoch = max(1, len(names) // args.batch_size)
     optimizer = make_optimizer(model, args.weight_decay)
-    first = sdrnet.resume(path, arguments, model, optimizer)
+    first = sdrnet.resume(last, arguments, model, optimizer)
     pixels = decode_all(args.data, names, args.image_size, args.workers)
+    groups = model.net.groups
     batches = training_batches(args, names, clusters, groups, pixels, first, steps, device)
     ddp = model
     if sdrnet.world_size() > 1:                        # phase 0 leaves the heads of sub-nets alone
-        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        ddp = DistributedDataParallel(model, find_unused_parameters=clusters is not None,
+                                      broadcast_buffers=False)         # equal on all anyway
     shown = saved = time.time()
     shown_step = first                                 # the rate is that since the last line
     sdrnet.catch_signals()
@@ -509,23 +508,22 @@ def train(model, args, names, clusters, groups, device, path, arguments):
         if show:
             speed = (done - shown_step) / (now - shown)
             shown, shown_step = now, done
-            left = (steps - done) / speed / 60
-            epoch = done * args.batch_size / len(names)
-            log_line(path, {"step": done, "phase": phase, "epoch": epoch, "lr": rate, **values,
-                            "steps/s": speed, "minutes left": left})
+            log_line(last, {"step": done, "phase": phase,
+                            "epoch": done * args.batch_size / len(names), "lr": rate, **values,
+                            "steps/s": speed, "minutes left": (steps - done) / speed / 60})
             if min(values["std"], values.get("sub_std", 1.0)) < 0.5:
                 sdrnet.print0("warning: std is far below 1: the features collapse; lower --lr")
         if args.monitor_task and done % max(1, steps // 10) == 0:
-            monitor(model.net, args, done, device, path)
+            monitor(model.net, args, done, device, last)
         if save or stop:
             saved = now
-            sdrnet.save_state(path, done, arguments, model, optimizer)
+            sdrnet.save_state(last, done, arguments, model, optimizer)
         if stop:
             sdrnet.print0(f"stopped at step {done:,} and saved; the same command goes on")
             sys.exit(128 + max(sdrnet.CAUGHT, default=15))
 
 
-def monitor(net, args, step, device, path):
+def monitor(net, args, step, device, last):
     """kNN accuracy of W_0, by its running statistics, on the test images of args.monitor_task."""
     import route                                       # the one arrow to another stage
     net.eval()
@@ -533,16 +531,16 @@ def monitor(net, args, step, device, path):
     features = route.task_features(net, task, device, args.amp, args.workers)
     net.train()
     _, accuracy = route.knn_accuracy(*features, task)
-    log_line(path, {"step": step, "task": task.name, "knn": accuracy})
+    log_line(last, {"step": step, "task": task.name, "knn": accuracy})
 
 
 # ------------------------------------------------------------------------------------ the end
 
-def finish(model, kind, args, names, clusters, groups, device, origin, final):
+def finish(model, kind, args, names, clusters, device, origin, final):
     """Statistics for inference, features.npy (SimSiam and BYOL), then the checkpoint `final`, whose
     existence so vouches for the rest."""
     sdrnet.catch_signals(False)                        # the last step is saved
-    net = model.net
+    net, groups = model.net, model.net.groups
     crop = functools.partial(sdrnet.center_crop, size=args.image_size)
     images = sdrnet.Images(args.data, names, crop)
     lengths = range(1 if clusters is None else 1 + sdrnet.STAGES)
@@ -586,7 +584,7 @@ def calibration_batches(prefix, images, clusters, groups, seed, count=512, batch
 
 # ------------------------------------------------------------------------------------ command
 
-RECIPES = {                                            # where neither option nor --init says
+RECIPES = {                             # where neither an option nor, for SDR, --init's run says
     "toy": dict(arch="resnet18", width=16, small_stem=False, image_size=32, head=512, layers=2,
                 epochs=20, batch_size=64, lr=0.24, weight_decay=5e-4, blur=0.0),
     "small": dict(arch="resnet18", width=64, small_stem=True, head=2048, layers=2,
@@ -641,8 +639,7 @@ def build_parser():
     group.add_argument("--kd-weight", type=number(float, 0), default=1.0,
                        help="lambda: 1; paper: not given")
     group.add_argument("--phases", type=read_phases, default=[1.0, 1.0, 1.0, 1.0, 4.0],
-                       help="shares of the steps of phases 0 to 4: 1,1,1,1,4; without: 0,0,0,0,1; "
-                       "paper: not given")
+                       help="shares of 0 to 4: 1,1,1,1,4; without: 0,0,0,0,1; paper: not given")
     group.add_argument("--phases-literal", action="store_true",
                        help="phase p trains complete paths that begin with an anchor's 4-p digits")
     group.add_argument("--shared-heads", action="store_true",
@@ -672,7 +669,7 @@ def build_parser():
 
 
 def earlier_values(path):
-    """What RECIPES hold, as the run that wrote the checkpoint `path` had it; {} of other files."""
+    """A recipe's values in the run that wrote the checkpoint `path`; {} of a file not ours."""
     content = sdrnet.read_torch_file(path)
     ours = isinstance(content, dict) and "kind" in content
     arguments = content.get("origin", {}).get("arguments", {}) if ours else {}
@@ -681,11 +678,11 @@ def earlier_values(path):
 
 
 def default_values(args, names, recipe):
-    """(a word for them, what RECIPES hold): for SDR as --init's run had it, but twice its rate,
-    else by the recipe named, else by the images' median short side: one stray counts little."""
+    """(where they are from, values): for SDR those of --init's run at half its epochs and twice its
+    rate, else the recipe named, else one by the median short side of some fifty images."""
     values = earlier_values(args.init) if args.clusters and args.init != "none" else {}
     if values:
-        return f"of {args.init}", values | {"lr": 2 * values["lr"]}    # from scratch: untried
+        return f"of {args.init}", values | {"epochs": values["epochs"] / 2, "lr": 2 * values["lr"]}
     if recipe in ("toy", "large"):
         return recipe, dict(RECIPES[recipe])
     some = names[::max(1, len(names) // 50)]
@@ -699,10 +696,8 @@ def default_values(args, names, recipe):
 def fill_defaults(args, names, recipe):
     """Fills in what was not given, by `default_values`; checks it. Raises InputError."""
     recipe, values = default_values(args, names, recipe)
-    if args.clusters:
-        values["epochs"] /= 2
     for key, value in values.items():
-        if getattr(args, key, None) is None:
+        if getattr(args, key, None) is None:           # `layers` has no option
             setattr(args, key, value)
     world = sdrnet.world_size()
     args.sub_batch = args.sub_batch or world * max(2, args.batch_size // world // 2)
@@ -712,7 +707,8 @@ def fill_defaults(args, names, recipe):
                              "images or more for each")
     if len(names) < 2:
         raise InputError(f"{args.data}: one image alone teaches nothing")
-    text = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()))
+    known = {k: v for k, v in vars(args).items() if args.clusters or k not in SDR_ONLY}
+    text = " ".join(f"{key}={value}" for key, value in sorted(known.items()))
     sdrnet.print0(f"recipe {recipe}: {text}")
 
 
@@ -814,7 +810,7 @@ def run(args):
             raise InputError(f"--subset {args.subset}: index {chosen[-1]}, and {args.data} holds "
                              f"{len(names):,} images")
         names = [names[i] for i in chosen]
-    clusters, groups, kind = None, 1, args.objective
+    clusters, groups, kind, alone = None, 1, args.objective, not args.clusters
     if args.clusters:
         kind = "sdrnet"
         clusters, groups = load_clusters(args.clusters, names)
@@ -830,29 +826,33 @@ def run(args):
         args.monitor_task = route.open_task(args.monitor_task, args.image_size)
     left_out = RUN_ONLY if args.clusters else RUN_ONLY + SDR_ONLY
     arguments = {k: v for k, v in vars(args).items() if k not in left_out}
-    arguments["images"] = fingerprint("\n".join(names).encode("utf-8", "surrogateescape"))
+    listing = "\n".join(names).encode("utf-8", "surrogateescape")
+    arguments |= {"images": fingerprint(listing), "init": None}        # files by what they hold
     if clusters is not None:
         arguments["clusters"] = fingerprint(clusters.tobytes())
     if args.init not in (None, "none"):
-        if not os.path.isfile(args.init):
-            raise InputError(f"no file {args.init}: run the stage before, or name another --init")
+        sdrnet.read_torch_file(args.init)              # or says what is wrong with it
         arguments["init"] = fingerprint(np.fromfile(args.init, np.uint8))
     final = os.path.join(args.out, f"{kind}.pt")
     last = os.path.join(args.out, f"{kind}.last.pt")
+    other = os.path.join(args.out, "byol.pt" if kind == "simsiam" else "simsiam.pt")
+    if alone and os.path.exists(other):
+        raise InputError(f"{args.out}/features.npy is of {other}: give another --out")
     if not start_folder(args, names, arguments, final, last):
         return
     net = sdrnet.SDRNet(args.arch, args.width, groups, args.shared, args.small_stem)
-    model = SDR(net, args.layers, args.head, args.distill, args.kd_weight, args.shared_heads,
-                args.objective)
+    # Alone W_0 needs neither q nor heads for sub-nets.
+    model = SDR(net, args.layers, args.head, "none" if alone else args.distill, args.kd_weight,
+                alone or args.shared_heads, args.objective)
     if args.init not in (None, "none"):
         load_init(model, args.init)
     model.to(device)
     if args.amp == "auto" and sdrnet.has_bf16(device.type):
         model.to(memory_format=torch.channels_last)    # quicker in bf16, slower in fp32
-    train(model, args, names, clusters, groups, device, last, arguments)
+    train(model, args, names, clusters, device, last, arguments)
     origin = {"command": " ".join(sys.argv), "arguments": arguments, "images": len(names),
               "torch": str(torch.__version__)}
-    finish(model, kind, args, names, clusters, groups, device, origin, final)
+    finish(model, kind, args, names, clusters, device, origin, final)
 
 
 def main():

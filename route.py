@@ -335,9 +335,7 @@ def probe_accuracy(train, test, task):
 def choose(scores):
     """The index of the best leave-one-out score, the first among equals; None where all are alike,
     as with one training image a class: then nothing can be chosen."""
-    if scores.max() == scores.min():
-        return None
-    return int(scores.argmax())
+    return None if scores.max() == scores.min() else int(scores.argmax())
 
 
 def near_duplicates(train, labels):
@@ -363,10 +361,10 @@ def score_network(net, task, args, device):
     largest = {"score": score, "test": test_score}
     if args.probe:
         largest["probe"], largest["probe_decay"] = probe_accuracy(train, test, task)
-    return {"task": task.name, "metric": task.metric, "k": args.k, "temperature": 0.07,
-            "train_images": len(task.train), "test_images": len(task.test),
-            "classes": task.classes, "largest": largest,
-            "origin": {"command": " ".join(sys.argv), "network": args.network}}
+    return {"task": task.name, "metric": task.metric, "k": min(args.k, len(train)),
+            "temperature": 0.07, "train_images": len(task.train), "test_images": len(task.test),
+            "classes": task.classes, "largest": largest, "origin": {
+                "command": " ".join(sys.argv), "network": args.network, "weights": args.weights}}
 
 
 def choose_subnet(net, task, result, args, device):
@@ -406,6 +404,8 @@ def route_task(net, task, args, device):
     result = score_network(net, task, args, device)
     if isinstance(net, sdrnet.SDRNet) and net.prefix_statistics():
         choose_subnet(net, task, result, args, device)
+    elif os.path.exists(os.path.join(folder, "subnet.pt")):
+        raise InputError(f"{folder} is of a supernet: give another --out for {args.network}")
     sdrnet.save_json(os.path.join(folder, "result.json"), result)
     return result
 
@@ -447,10 +447,9 @@ def print_summary(results):
 
 def draw_story(result, task, args, path, columns=12, tile=64):
     """A picture of the routing: the task's images, those its sub-net was trained on, scores."""
-    chosen, groups = result["chosen"], []
-    some = np.linspace(0, len(task.train) - 1, columns).astype(int)
-    groups.append((f"task {task.name}: {task.classes} classes, {len(task.train):,} training "
-                   "images, such as", [task.train[int(i)] for i in some]))
+    chosen, some = result["chosen"], np.linspace(0, len(task.train) - 1, columns).astype(int)
+    groups = [(f"task {task.name}: {task.classes} classes, {len(task.train):,} training images, "
+               "such as", [task.train[i] for i in some.tolist()])]
     pool = cluster_images(args, chosen["index"], 2 * columns)
     if pool:
         groups.append((f"routed to sub-net {chosen['index']}, path {tuple(chosen['path'])}, "
@@ -558,6 +557,7 @@ def run(args):
     net = sdrnet.load_network(args.network).to(device)
     content = sdrnet.load_checkpoint(args.network)
     args.image_size = content["image_size"]
+    args.weights = hashlib.sha256(np.fromfile(args.network, np.uint8)).hexdigest()
     args.trained_on = content.get("origin", {}).get("arguments", {}).get("clusters")
     if not args.task:
         folder = os.path.join(sdrnet.toy_folder(), "tasks")

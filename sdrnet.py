@@ -10,14 +10,14 @@ A path picks ONE individual group in every stage; any group may follow any other
 
 The marked path is (1, 0, 1, 1): with g = 2 its index is the binary number 1011 = 11 of 2^4 = 16.
 W_i (paper) = the shared parts and the marked groups: sub-net i. W_0 = everything, the largest
-network, a standard ResNet: its weights carry torchvision's names and load into its models.
+network, a ResNet: its weights carry torchvision's names and, of its width and stem, load there.
 
     C = 64, shared 1/2       [ shared | group 0 | group 1 | ... ]     a sub-net's width
         g = 1                     32       32                              64
         g = 2                     32       16        16                    48 = 0.750 C
         g = 4                     32        8         8    8   8           40 = 0.625 C
 
-The stem is common to all paths. A path may hold None: that stage keeps its full width.
+The stem is common to all paths. In training a path may hold None: a stage of full width.
 
 BatchNorm: in training a batch is normalised by its own statistics over all processes. Those for
 inference belong to the PREFIX of a path: stage s holds g^(s+1) sets, so that all sub-nets can be
@@ -75,11 +75,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms.v2 import functional as T
 
 STAGES = 4
-ARCHS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-}
+ARCHS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
+         "resnet50": (Bottleneck, (3, 4, 6, 3))}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
 
@@ -102,6 +99,22 @@ def index_to_path(index, groups):
     if not 0 <= index < groups ** 4:
         raise ValueError(f"sub-net {index}: there are 0 to {groups ** 4 - 1}")
     return tuple(int(index) // groups ** power % groups for power in (3, 2, 1, 0))
+
+
+def split(channels, groups, shared):
+    """(shared channels, channels of a group): the shared part takes what does not divide."""
+    group = int(channels * (1 - shared) / groups + 1e-9)
+    return channels - groups * group, group
+
+
+def slice_weight(weight, out=None, inp=None):
+    """The part of a weight (O, I, ...) or vector (O,) that a path uses: of O `out`, of I `inp`,
+    int64 indices, None for all. Gradients flow to that part alone."""
+    if out is not None:
+        weight = weight.index_select(0, out)
+    if inp is not None:
+        weight = weight.index_select(1, inp)
+    return weight
 
 
 # ------------------------------------------------------------------------------------ running
@@ -279,17 +292,6 @@ def batch_norm(x, weight, bias, eps):
     return y.to(x.dtype), mean, var * n / (n - 1)
 
 
-def slice_weight(weight, out=None, inp=None):
-    """The part of a weight (O, I, ...) or vector (O,) that a path uses.
-
-    out, inp: which of O and I, int64 indices, None for all. Gradients flow to that part alone."""
-    if out is not None:
-        weight = weight.index_select(0, out)
-    if inp is not None:
-        weight = weight.index_select(1, inp)
-    return weight
-
-
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm of the largest network or of a path, for (B, C) and (B, C, H, W): in training by
     the batch over all processes, else by the statistics kept. The state dict is torch's own; the
@@ -353,12 +355,6 @@ def resnet(arch, widths, stem, small_stem=False, norm_layer=nn.BatchNorm2d):
         if isinstance(module, block):
             nn.init.zeros_((module.bn2 if block is BasicBlock else module.bn3).weight)
     return net
-
-
-def split(channels, groups, shared):
-    """(shared channels, channels of a group): the shared part takes what does not divide."""
-    group = int(channels * (1 - shared) / groups + 1e-9)
-    return channels - groups * group, group
 
 
 def residual_layers(block):
@@ -443,12 +439,12 @@ class SDRNet(nn.Module):
                 inp = out
             yield steps, None if shortcut is None else (*shortcut, out, entry)
 
-    def stem(self, x, track=True):
+    def stem(self, x, track=False):
         """Images (B, 3, H, W) -> (B, width, H', W')."""
         x = self.resnet.bn1(self.resnet.conv1(x), track=track)
         return self.resnet.maxpool(F.relu(x))
 
-    def stage(self, s, x, path=None, track=True):
+    def stage(self, s, x, path=None, track=False):
         """Stage s of W_0, or along a path whose first s+1 digits count.
 
         (B, C, H, W) -> (B, C', H', W')."""
@@ -467,9 +463,9 @@ class SDRNet(nn.Module):
     def forward(self, x, path=None, track=True):
         """Normalised images (B, 3, H, W) -> features, fp32 (B, D) of W_0, (B, D') of a sub-net.
 
-        path: four digits in 0 .. g-1, or None. In training by the batch's statistics, else by those
-        measured for inference. track: whether W_0's follow its batch; a sub-net's forward moves
-        none."""
+        path: None for W_0, else four of 0 .. g-1 or, in training, None for a stage of full width.
+        In training by the batch's statistics, else by those measured for inference. track: whether
+        W_0's follow its batch; a sub-net's forward moves none."""
         track = track and path is None
         x = self.stem(x, track)
         for s in range(STAGES):
@@ -570,7 +566,7 @@ def run_prefix(net, x, prefix):
     """The stages of a prefix on images."""
     x = net.stem(x)
     for s in range(len(prefix)):
-        x = net.stage(s, x, prefix)
+        x = net.stage(s, x, prefix, track=True)
 
 
 def average_statistics(module, runs):
@@ -699,14 +695,16 @@ def load_network(path, norm_layer=nn.BatchNorm2d):
         if content["kind"] == "subnet":
             net = resnet(**content["config"], norm_layer=norm_layer)
             net.load_state_dict(content["backbone"])
-            return net.eval()
-        net = SDRNet(**content["config"])
-        net.resnet.load_state_dict(content["backbone"])
-        for name, kept in content["statistics"].items():
+        else:
+            net = SDRNet(**content["config"])
+            net.resnet.load_state_dict(content["backbone"])
+        for name, kept in content.get("statistics", {}).items():
             bn = net.resnet.get_submodule(name)
             bn.prefix_mean, bn.prefix_var = kept["mean"], kept["var"]
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} does not fit its own config ({first_line(error)})") from None
+    if not all(torch.isfinite(value).all() for value in net.state_dict().values()):
+        raise InputError(f"{path}: not all weights are finite: its training went astray")
     return net.eval()
 
 
@@ -736,14 +734,15 @@ def load_weights(net, path):
               if key.startswith(prefix + "layer") and key.removeprefix(prefix) not in wanted]
     if wrong:
         raise InputError(f"{path} {wrong[0]}: another architecture's?")
-    found = {key: state.get(prefix + key, value) for key, value in wanted.items()}
+    found = {key: state[prefix + key] for key in wanted if prefix + key in state}
     for key, value in found.items():
         if value.shape != wanted[key].shape:
             shapes = f"{tuple(value.shape)}, and {tuple(wanted[key].shape)} is needed"
             raise InputError(f"{path}: {prefix}{key} is {shapes}: another width, stem or network")
-    net.load_state_dict(found, strict=False)           # strict but for fc, as seen above
+    net.load_state_dict(found, strict=False)           # strict but for fc and counters, as seen
     removed = f", prefix {prefix} removed" if prefix else ""
-    return f"{path}: loaded {len(found)} of {len(wanted)} tensors{removed}"
+    counters = ", the rest being num_batches_tracked" if len(found) < len(wanted) else ""
+    return f"{path}: loaded {len(found)} of {len(wanted)} tensors{counters}{removed}"
 
 
 # ------------------------------------------------------------------------------------ images
@@ -758,7 +757,7 @@ def list_images(folder, leave_out=None):
         raise InputError(f"no folder {folder}")
     seen = {os.path.realpath(leave_out)} if leave_out else set()
     if os.path.realpath(folder) in seen:
-        raise InputError(f"{folder} holds the images and is the output: give another --out")
+        raise InputError(f"{folder} holds the images and the run's files: keep these elsewhere")
     names, left_out = [], []
 
     def unreadable(error):
@@ -787,15 +786,15 @@ def list_images(folder, leave_out=None):
     return sorted(names)
 
 
-def decode(path):
-    """An image file in RGB, uint8 (3, H, W), turned as its EXIF says.
+def read_rgb(path, turn=True):
+    """An image file as PIL's, in RGB, its first frame; turned as its EXIF says, if `turn`.
 
     16 bits become 8, floating point from 0 to 1 becomes 0 to 255, what is transparent is white.
     Raises what PIL raises on a damaged file, and ValueError for values without a known range."""
     with Image.open(path) as image:
         if image.mode == "I" and image.format == "TIFF":
             raise ValueError("32-bit integers have no known range: save it with 8 bits")
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image) if turn else image
         if image.mode[0] in "FI":
             values = np.asarray(image, np.float64)
             most = 1 if image.mode == "F" else 65535
@@ -806,14 +805,12 @@ def decode(path):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return T.pil_to_tensor(image.convert("RGB"))
+        return image.convert("RGB")
 
 
 def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size) for evaluation: the short side to `size`, above 64 pixels
     to 8/7 of it, then the centre."""
-    if image.shape[1:] == (size, size):
-        return image
     short = size if size <= 64 else round(size * 8 / 7)
     longest = 4 * min(image.shape[1:])                 # of a panorama the middle
     image = T.center_crop(image, [min(side, longest) for side in image.shape[1:]])
@@ -833,7 +830,7 @@ class Images(Dataset):
     def __getitem__(self, i):
         path = os.path.join(self.folder, self.names[i])
         try:
-            return self.transform(decode(path))
+            return self.transform(T.pil_to_tensor(read_rgb(path)))
         except Exception as error:                     # PIL raises nearly anything on a bad file
             return f"{path} cannot be read as an image ({first_line(error)}): mend or remove it"
 
@@ -925,15 +922,17 @@ def main():
             raise InputError(f"{args.target}: a name that ends in .npy is needed")
         net = load_network(args.checkpoint)
         if args.path is not None:
-            net = net.extract(read_path(args.path, net))
-        names = list_images(args.folder)
+            net = SDRNet.extract(net, read_path(args.path, net))
+        names = list_images(args.folder, leave_out=os.path.dirname(args.checkpoint))
         size = load_checkpoint(args.checkpoint)["image_size"]
         images = Images(args.folder, names, functools.partial(center_crop, size=size))
-        if rank() == 0:                                # first: a wrong folder shows at once
-            save_names(os.path.splitext(args.target)[0] + ".txt", names)
+        listing = os.path.splitext(args.target)[0] + ".txt"
+        if rank() == 0:                                # a wrong folder shows at once; until the
+            save_names(listing, [])                    # features are there the listing fits none
         features = embed(net.to(device), images, device, args.amp, args.workers)
         if rank() == 0:
             save_file(args.target, functools.partial(np.save, arr=features))
+            save_names(listing, names)
         print0(f"wrote {args.target}: {len(names):,} x {net.features}")
     except InputError as error:
         parser.error(" ".join(str(error).split()))

@@ -373,7 +373,8 @@ def run_training(args):
                  for key in ("loss", "queue", "init", "seed", *pretrain.RECIPES["toy"])}
     net = SizeNet(args.arch, args.width, groups=1, small_stem=args.small_stem)
     moco = args.loss == "moco"
-    model = MoCo(net, args.head, args.queue) if moco else SimSiam(net, args.layers, args.head)
+    model = (MoCo(net, args.head, args.queue) if moco
+             else SimSiam(net, args.layers, args.head, "none", shared_heads=True))
     final = os.path.join(args.out, f"{args.method}.pt")
     if pretrain.start_folder(args, names, arguments, final, f"{final}.tmp"):
         if args.init and moco:                         # another loss's heads would not fit
@@ -383,7 +384,7 @@ def run_training(args):
             pretrain.load_init(model, args.init)
         train(model.to(device), args, names, device)
         origin = {"command": " ".join(sys.argv), "arguments": arguments}
-        pretrain.finish(model, "simsiam", args, names, None, 1, device, origin, final)
+        pretrain.finish(model, "simsiam", args, names, None, device, origin, final)
     content = sdrnet.load_checkpoint(final, "simsiam")
     net.resnet.load_state_dict(content["backbone"])
     model.projector.load_state_dict(content["heads"]["projector"])

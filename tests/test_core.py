@@ -86,6 +86,19 @@ def test_tree_forward_and_extraction_agree_on_all_paths(arch, groups, small):
         assert torch.allclose(net(x), net.extract()(x), atol=1e-4)
 
 
+def test_running_the_tree_in_training_moves_no_statistics():
+    net = random_net().train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    table = net.resnet.layer1[0].bn1.prefix_mean.clone()
+    with torch.no_grad():
+        x = torch.randn(8, 3, 32, 32)
+        for path, f in net.tree(x):
+            assert torch.allclose(f, net(x, path), atol=1e-5)
+        net.stage(0, net.stem(x), (0,))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert torch.equal(table, net.resnet.layer1[0].bn1.prefix_mean)
+
+
 def test_the_largest_network_is_torchvisions():
     net = random_net("resnet18", width=64)
     plain = torchvision.models.resnet18()
@@ -308,7 +321,7 @@ def one_step(rank, world):
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     x = torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
     x_i = torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
-    rows = pretrain.my_rows(8)
+    rows = np.array_split(np.arange(8), world)[rank]
     loss, _ = ddp(x[:, rows], [((1, 0, 1, 1), x_i[:, rows])])
     loss.backward()
     return loss.item(), [p.grad for p in model.parameters()], model.net.resnet.state_dict()

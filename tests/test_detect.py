@@ -221,6 +221,26 @@ def test_the_image_of_a_name_is_its_own(tmp_path):
         assert holds_its_object(detect_voc.VOC(detect_voc.read_split(str(tmp_path), "train")))
 
 
+def test_an_image_counts_once_and_what_is_said_of_it_is_digested(tmp_path):
+    first = write_voc(tmp_path, SQUARE.format(extra=""), listing=b"a\na\n")
+    assert len(first) == 1
+    other = write_voc(tmp_path / "other", SQUARE.format(extra=""))
+    assert other.digest == first.digest
+    (tmp_path / "Annotations" / "a.xml").write_text(
+        (tmp_path / "Annotations" / "a.xml").read_text().replace("<name>ink", "<name>pen"))
+    again = detect_voc.VOC(detect_voc.read_split(str(tmp_path), "train"))
+    assert again.digest != first.digest
+
+
+def test_pixels_are_those_that_pre_training_sees(tmp_path):
+    data = write_voc(tmp_path, SQUARE.format(extra=""))
+    grey = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
+    (tmp_path / "JPEGImages" / "a.jpg").unlink()
+    Image.fromarray(grey).save(tmp_path / "JPEGImages" / "a.png")
+    data = detect_voc.VOC(detect_voc.read_split(str(tmp_path), "train"))
+    assert np.abs(np.asarray(data.pixels(0))[..., 0] - grey / 257).max() <= 1
+
+
 def test_boxes_may_leave_the_image_by_a_pixel(tmp_path):
     data = write_voc(tmp_path, OBJECT.format(0, 0, 41, 31, name="x", extra=""))
     assert data.boxes[0].tolist() == [[0, 0, 40, 30]]
@@ -231,6 +251,7 @@ def box(*corners, name="x"):
 
 
 WRONG = {"no area": (box(9, 5, 3, 15), "a.xml: box [9.0, 5.0, 3.0, 15.0] has no area"),
+         "shares of the image": (box(0.1, 0.2, 0.3, 0.9), "is outside of its image"),
          "outside": (box(1, 1, 44, 9), "is outside of its image of 40 x 30"),
          "no number": (box("one", 1, 4, 9), "a.xml is no VOC annotation"),
          "nan": (box("nan", 1, 4, 9), "has no area"),
@@ -364,6 +385,16 @@ def test_the_sub_net_is_the_one_asked_for(scenes, tmp_path):
     (tmp_path / "scores.npy").write_bytes(b"")
     with pytest.raises(sdrnet.InputError, match="no scores.npy"):
         candidates(scenes, "--scores", tmp_path / "scores.npy")
+    for scores in (np.full(16, np.nan), np.float32(3), np.zeros((16, 16))):
+        np.save(tmp_path / "scores.npy", scores)
+        with pytest.raises(sdrnet.InputError, match="no scores.npy"):
+            candidates(scenes, "--scores", tmp_path / "scores.npy")
+    np.save(tmp_path / "scores.npy", np.arange(16.0))
+    (tmp_path / "result.json").write_text('{"origin": {"weights": "of another network"}}')
+    with pytest.raises(sdrnet.InputError, match="run route.py again"):
+        candidates(scenes, "--scores", tmp_path / "scores.npy")
+    best = candidates(scenes, "--backbone", network, "--best", 3)
+    assert [path for _, _, path in best] == ["1,1,1,1", "1,1,1,0", "1,1,0,1"]
     with pytest.raises(sdrnet.InputError, match="leave out --path"):
         candidates(scenes, "--scores", scenes / "task" / "scores.npy", "--path", "0,1,1,0")
 

@@ -266,6 +266,67 @@ def test_states_of_other_runs_are_refused_and_kept(done, tmp_path):
         (tmp_path / name).unlink()
 
 
+def test_without_init_is_another_run_than_with(done, capsys):
+    more = ["--data", done / "data", "--out", done / "out", *TINY, "--lr", 0.1, "--clusters",
+            done / "out" / "clusters.npy", "--sub-batch", 4]
+    refused(pretrain, "init", *more, "--init", "none")
+    content = torch.load(done / "out" / "sdrnet.pt", weights_only=True)
+    assert len(content["origin"]["arguments"]["init"]) == 16
+
+
+def test_alone_the_largest_network_has_its_own_heads_only(done):
+    heads = {name: torch.load(done / "out" / f"{name}.pt", weights_only=True)["heads"]
+             for name in ("simsiam", "sdrnet")}
+    assert set(heads["simsiam"]) == {"projector", "predictor"}
+    assert set(heads["sdrnet"]) == {"projector", "predictor", "sub_projector", "sub_predictor",
+                                    "distiller"}
+
+
+def test_a_folder_holds_the_features_of_one_objective(done):
+    features = (done / "out" / "features.npy").read_bytes()
+    refused(pretrain, "features.npy is of", "--data", done / "data", "--out", done / "out", *TINY,
+            "--objective", "byol", "--fresh")
+    assert (done / "out" / "features.npy").read_bytes() == features
+
+
+def test_features_of_other_images_are_not_clustered_into_a_run(done, tmp_path):
+    names = (done / "out" / "images.txt").read_text()
+    (tmp_path / "images.txt").write_text(names.replace("07.png", "70.png"))
+    refused(cluster, "name different images", "--features", done / "out" / "features.npy",
+            "--out", tmp_path)
+    assert not (tmp_path / "clusters.npy").exists()
+
+
+def test_features_and_their_listing_are_of_one_folder(done, tmp_path):
+    target, checkpoint = tmp_path / "f.npy", done / "out" / "simsiam.pt"
+    assert run(sdrnet, checkpoint, done / "data", target, "--workers", 0)[0] == 0
+    assert len(sdrnet.load_names(tmp_path / "f.txt")) == 32
+    write_images(tmp_path / "bad", [f"{i:02d}.png" for i in range(31)])
+    (tmp_path / "bad" / "99.png").write_bytes(b"no image")
+    refused(sdrnet, "99.png", checkpoint, tmp_path / "bad", target, "--workers", 0)
+    refused(cluster, "0 lines", "--features", target, "--out", tmp_path / "out", "--k", 1)
+    assert run(sdrnet, checkpoint, done, target, "--workers", 0)[0] == 0
+    assert not any(name.startswith("out") for name in sdrnet.load_names(tmp_path / "f.txt"))
+
+
+def test_weights_that_are_not_finite_are_refused(done, tmp_path):
+    content = torch.load(done / "out" / "sdrnet.pt", weights_only=True)
+    content["backbone"]["layer4.0.conv1.weight"][0] = float("nan")
+    torch.save(content, tmp_path / "sdrnet.pt")
+    refused(route, "not all weights are finite", "--out", tmp_path, "--task", done / "task")
+
+
+def test_a_path_of_a_plain_network_is_one_line(done, tmp_path):
+    assert run(route, "--out", tmp_path, "--network", done / "out" / "sdrnet.pt", "--task",
+               done / "task", "--workers", 0)[0] == 0
+    refused(sdrnet, "has no sub-nets", tmp_path / "task" / "subnet.pt", done / "data",
+            tmp_path / "f.npy", "--path", "0,0,0,0")
+    before = (tmp_path / "task" / "result.json").read_text()
+    refused(route, "give another --out", "--out", tmp_path, "--task", done / "task", "--network",
+            done / "out" / "simsiam.pt", "--workers", 0)
+    assert (tmp_path / "task" / "result.json").read_text() == before
+
+
 def test_a_story_shows_no_images_of_other_clusters(done, tmp_path, capsys):
     """Clustered anew beside a network that was trained on the clusters before."""
     for name in ("sdrnet.pt", "images.txt", "clusters.npy"):
