@@ -181,10 +181,9 @@ def thumbnail(path, side):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "FI":                  # 16 bits or more: stretched into 8
-                values = np.asarray(image, np.float32)
-                values = (values - values.min()) / max(np.ptp(values), 1e-9)
-                image = Image.fromarray((255 * values).astype(np.uint8))
+            if image.mode[0] in "FI":                  # 16 bits, or floats, as training takes them
+                values = np.asarray(image, np.float32) / (1 if image.mode == "F" else 65535)
+                image = Image.fromarray((255 * values.clip(0, 1)).astype(np.uint8))
             return ImageOps.fit(image.convert("RGBA"), (side, side))
     except Exception as error:                         # PIL raises nearly anything on a bad file
         print(f"{path} is not shown ({error})")
@@ -287,8 +286,6 @@ def run(args):
           f"{error:.3f}; objective {report['objective']:.4f}; wrote {place('clusters.npy')}")
     if error > 0.01:
         print("warning: Sinkhorn did not reach a marginal error of 0.01: take a larger --eps")
-    if (sizes == 0).any():
-        print(f"{(sizes == 0).sum()} clusters hold no image; their sub-nets will not train")
     data = args.data or place("images")                # as the toy images lie
     if not names:
         print(f"no picture: there is no {listing} that names the images")

@@ -774,8 +774,7 @@ def list_candidates(args):
     if not args.scores and not args.best and (args.backbone or args.path):
         return [(source, source, args.path) for source in sources]
     if args.path or len(sources) > 1:
-        raise InputError("--scores and --best choose among the paths of one --backbone: leave out "
-                         "--path and other checkpoints")
+        raise InputError("--scores and --best take one --backbone: leave out --path and others")
     files, count = [args.scores], args.best or 4
     if not args.scores:
         files = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy")))

@@ -1,7 +1,7 @@
 """route.py - "here is my task: which sub-net?" Scores all sub-nets on a task and exports the best.
 
     python route.py                                          # the toy tasks, runs/toy/sdrnet.pt
-    python route.py --out runs/photos --task pets/ --task cars/
+    python route.py --out runs/photos --data photos/ --task pets/ --task cars/
     python route.py --out runs/in1k --task aircraft --task dtd --root /datasets --probe
     torchrun --nproc_per_node 8 route.py --out runs/in1k --task aircraft ... # tasks are shared out
     python route.py --network runs/toy/simsiam.pt --out runs/simsiam     # any network of ours
@@ -474,7 +474,7 @@ def draw_story(result, task, args, path, columns=12, tile=64):
 def cluster_images(args, index, count):
     """Up to `count` images of a cluster, uint8 (3, S, S); none where the files are not there."""
     files = [os.path.join(args.out, name) for name in ("clusters.npy", "images.txt")]
-    if index is None or not all(map(os.path.exists, files)) or not os.path.isdir(args.data):
+    if index is None or not all(map(os.path.exists, files)):
         return []
     clusters, names = np.load(files[0]), sdrnet.load_names(files[1])
     if hashlib.sha256(clusters.astype(np.int64).tobytes()).hexdigest()[:16] != args.trained_on:
@@ -484,7 +484,10 @@ def cluster_images(args, index, count):
     members = members[np.linspace(0, len(members) - 1, min(count, len(members))).astype(int)]
     crop = functools.partial(sdrnet.center_crop, size=args.image_size)
     images = sdrnet.Images(args.data, [names[i] for i in members], crop)
-    return [image for image in images if not isinstance(image, str)]
+    shown = [image for image in images if not isinstance(image, str)]
+    if len(shown) < len(members):
+        print(f"{files[1]} names images that {args.data} lacks: give --data; they are not shown")
+    return shown
 
 
 def save_plot(path, draw):

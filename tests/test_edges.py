@@ -98,16 +98,18 @@ def test_the_contact_sheet_shows_what_training_sees(tmp_path):
     shown = {"16.png": Image.fromarray((ramp * 65535).astype(np.uint16)),
              "float.tif": Image.fromarray(ramp.astype(np.float32)),
              "8.png": Image.fromarray((ramp * 255).round().astype(np.uint8))}
+    Image.fromarray((ramp * 4095).astype(np.uint16)).save(tmp_path / "12.png")
     for name, image in {**shown, "ink.png": Image.new("RGBA", (8, 8))}.items():
         image.save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"no image")
     sheets = {}
-    for name in (*shown, "ink.png", "broken.png"):
+    for name in (*shown, "12.png", "ink.png", "broken.png"):
         cluster.contact_sheet(torch.ones(1, 1), np.zeros(1, int), [name], tmp_path,
                               tmp_path / "sheet.png")
         sheets[name] = np.array(Image.open(tmp_path / "sheet.png"))[:64, 66:130].astype(int)
     for name in shown:
         assert np.abs(sheets[name] - sheets["8.png"]).max() <= 2, name
+    assert 0 < sheets["12.png"].max() <= 16            # of 65,535, and not stretched
     assert (sheets["ink.png"] == 255).all() and (sheets["broken.png"] == 255).all()
 
 
@@ -337,6 +339,9 @@ def test_a_story_shows_no_images_of_other_clusters(done, tmp_path, capsys):
     args = SimpleNamespace(out=tmp_path, data=done / "data", image_size=16, network="sdrnet.pt",
                            trained_on=content["origin"]["arguments"]["clusters"])
     assert len(route.cluster_images(args, 3, 12)) == 2 and capsys.readouterr().out == ""
+    args.data = tmp_path / "mistyped"
+    assert route.cluster_images(args, 3, 12) == [] and "give --data" in capsys.readouterr().out
+    args.data = done / "data"
     np.save(tmp_path / "clusters.npy", np.arange(500) % 16)
     assert route.cluster_images(args, 3, 12) == []
     assert "is not what sdrnet.pt was trained on" in capsys.readouterr().out
