@@ -294,8 +294,8 @@ def score_all_paths(net, task, k, device, amp="auto", workers=0):
 
 
 def linear_probe(train, labels, test, decay):
-    """Logits (M, C) of test features by logistic regression on training features, multinomial, or
-    for labels (N, C) of 0 and 1 C binary ones: L-BFGS on mean cross-entropy + decay / 2 |W|^2."""
+    """Logits (M, C) of test features by logistic regression on training features, whose rms divides
+    both; for labels (N, C) of 0 and 1 C binary ones. L-BFGS: cross-entropy + decay / 2 |W|^2."""
     scale = train.pow(2).mean().sqrt().clamp(min=1e-12)
     x, test = train / scale, test / scale
     classes = labels.shape[1] if labels.dim() > 1 else int(labels.max()) + 1
@@ -312,7 +312,7 @@ def linear_probe(train, labels, test, decay):
         loss.backward()
         return loss.item(), w.grad.double().flatten().numpy()
     found = minimize(objective, np.zeros(shape[0] * shape[1]), jac=True, method="L-BFGS-B",
-                     options={"maxiter": 1000, "gtol": 1e-4})
+                     options={"maxiter": 1000, "gtol": 1e-6})
     w = torch.from_numpy(found.x).float().view(shape)
     return test @ w[:-1] + w[-1]
 

@@ -42,6 +42,45 @@ def random_set(seed):
     return frozen.detections(seed, count=6, classes=3)
 
 
+def plain_iou(a, b):
+    """Of two boxes [x1, y1, x2, y2]."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(w, 0) * max(h, 0)
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+def ranked_detections(found, c):
+    """Indices of a class's detections, highest score first, then by image, then as given."""
+    rows = [i for i in range(len(found["score"])) if found["label"][i] == c]
+    return sorted(rows, key=lambda i: (-found["score"][i], found["image"][i], i))
+
+
+def plain_coco(truth, found, c, threshold):
+    """COCO's rule in words: a detection takes the free object that it overlaps most, one that is
+    not difficult before any that is; of an image's detections the first hundred count."""
+    taken, seen, verdict = set(), {}, []
+    for i in ranked_detections(found, c):
+        image = found["image"][i]
+        seen[image] = seen.get(image, 0) + 1
+        if seen[image] > 100:
+            continue
+        near = {k: plain_iou(found["box"][i], truth["box"][k]) for k in range(len(truth["image"]))
+                if truth["image"][k] == image and truth["label"][k] == c and k not in taken}
+        near = {k: iou for k, iou in near.items() if iou >= threshold}
+        easy = {k: iou for k, iou in near.items() if not truth["difficult"][k]}
+        if not near:
+            verdict.append(0)
+            continue
+        best = max(easy or near, key=lambda k: (near[k], k))
+        taken.add(best)
+        if easy:
+            verdict.append(1)
+    positives = sum(~truth["difficult"][truth["label"] == c])
+    recall = np.cumsum(verdict) / positives
+    precision = np.cumsum(verdict) / np.arange(1, len(verdict) + 1)
+    return np.mean([max(precision[recall >= r], default=0) for r in np.linspace(0, 1, 101)])
+
+
 def plain_voc(truth, found, c, threshold, eleven):
     """VOC's rules as its development kit writes them, an object and a detection at a time."""
     objects = {}
@@ -50,20 +89,13 @@ def plain_voc(truth, found, c, threshold, eleven):
         if label == c:
             objects.setdefault(image, []).append([place, hard, False])
     positives = sum(not hard for here in objects.values() for _, hard, _ in here)
-    rows = [i for i in range(len(found["score"])) if found["label"][i] == c]
-    rows.sort(key=lambda i: (-found["score"][i], found["image"][i], i))
     true, false = [], []
-    for i in rows:
+    for i in ranked_detections(found, c):
         box, best, most = found["box"][i], None, -np.inf
         for entry in objects.get(found["image"][i], []):
-            other = entry[0]
-            w = min(box[2], other[2]) - max(box[0], other[0])
-            h = min(box[3], other[3]) - max(box[1], other[1])
-            if w > 0 and h > 0:
-                union = ((box[2] - box[0]) * (box[3] - box[1])
-                         + (other[2] - other[0]) * (other[3] - other[1]) - w * h)
-                if w * h / union > most:
-                    best, most = entry, w * h / union
+            iou = plain_iou(box, entry[0])
+            if iou > max(most, 0):
+                best, most = entry, iou
         hit, hard = most > threshold, best is not None and best[1]
         first = hit and not hard and not best[2]
         if first:
@@ -84,16 +116,19 @@ def plain_voc(truth, found, c, threshold, eleven):
 
 
 @pytest.mark.slow
-def test_vocs_figures_are_its_rules_on_random_sets():
-    for seed in range(200):
+def test_figures_are_the_rules_on_random_sets():
+    for seed in range(100):
         truth, found = random_set(seed)
         table = detect_voc.evaluate(truth, found, 3)
         for c in range(2):
             if not (~truth["difficult"][truth["label"] == c]).any():
                 continue
-            for rule, eleven in (("voc_11_point", True), ("voc_area", False)):
-                wanted = plain_voc(truth, found, c, 0.5, eleven)
-                assert table[rule][c, 0] == pytest.approx(wanted, abs=1e-6)
+            for t, threshold in ((0, 0.5), (5, 0.75), (9, 0.95)):
+                wanted = {"voc_11_point": plain_voc(truth, found, c, threshold, True),
+                          "voc_area": plain_voc(truth, found, c, threshold, False),
+                          "coco": plain_coco(truth, found, c, threshold)}
+                for rule, figure in wanted.items():
+                    assert table[rule][c, t] == pytest.approx(figure, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -422,6 +457,16 @@ def test_early_stopping_chooses_and_the_best_starts_over(scenes, tmp_path, capsy
         assert picture.size[0] > 1000
     run(*options)
     assert "is finished" in capsys.readouterr().out
+    path = tmp_path / "detection" / "early_stopping.json"              # what it holds stays
+    content = json.loads(path.read_text())
+    for name, figure in zip(sorted(table), (37.5, 12.5)):
+        content["table"][name] = {"AP": figure, "AP50": figure}
+    path.write_text(json.dumps(content))
+    for name in ("metrics.json", "last.pt"):
+        (tmp_path / "detection" / name).unlink()
+    run(*options)
+    metrics = json.loads((tmp_path / "detection" / "metrics.json").read_text())
+    assert metrics["backbone"] == sorted(table)[0] and metrics["path"] == "1,1,1,0"
     with pytest.raises(SystemExit):
         run(*options, "--lr", 0.5)
     assert "lr 0.02 -> 0.5" in capsys.readouterr().err
