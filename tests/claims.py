@@ -114,9 +114,13 @@ def claims(data):
     claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
     rows = ("sdr", "random", "sdr_long")
     for row in rows:
+        stds = [np.mean([np.std(line["tasks"][task]["tests"], ddof=1) for task in tasks])
+                for line in data.rows.get(row, {}).values()]
+        cells[f"4: {ROWS[row].text}: std of the sub-nets' accuracies on a task"] = spread(stds)
+    for row in rows:
         alike = [np.mean([line["tasks"][task].get("correlation", 0.0) for task in tasks])
                  for line in data.rows.get(row, {}).values()]
-        claim(f"4: {ROWS[row].text}: leave-one-out and test scores of sub-nets, of different "
+        claim(f"5: {ROWS[row].text}: leave-one-out and test scores of sub-nets, of different "
               "images, correlate, %", [100 * value for value in alike])
     for row in rows:
         routed, mean = data.scores(row), data.scores(row, "mean")

@@ -19,7 +19,7 @@ Currencies. What SDR is compared with is SimSiam, continued from the same `base`
 Resumable: a row whose line stands in <results>/claims.jsonl is not run again, an unfinished one
 goes on from its last state in --work, and its minutes are the last piece's. --try writes to
 <results>/tried.jsonl, on seeds 10 and 11: no claim counts these. A change of the method voids the
-lines of the commits before it: remove them.
+lines of the commits before it: remove them, and their folders in --work.
 """
 import argparse
 import itertools
@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pretrain                                        # after the lines that say where it is
+import route
 import sdrnet
 import toy
 
@@ -98,6 +99,7 @@ class Row(NamedTuple):
 
 ROWS = {
     "base": Row("SimSiam, where all go on from", (1, 0), start=None),
+    "pixels": Row("No network: the pixels, each image less its mean", (0, 0), start=None),
     "simsiam": Row("SimSiam, equal epochs"),
     "sdr": Row("SDR", clusters="balanced"),
     "simsiam_images": Row("SimSiam, equal images", (0, IMAGES)),
@@ -283,8 +285,24 @@ def commands_of(job):
                         images, "--workers", 0, "--max-train", 100000, *named]]
 
 
+def score_pixels(job):
+    """Each task's kNN accuracy by its images' pixels, at the networks' size, less their mean."""
+    size, tasks = pretrain.RECIPES["toy"]["image_size"], {}
+    for folder in open_pool(job)[1]:
+        task = route.open_task(str(folder), size)
+        parts = [torch.stack([part[i] for i in range(len(part))]).flatten(1).float()
+                 for part in (task.train, task.test)]
+        parts = [x - x.mean(1, keepdim=True) for x in parts]           # (N, 3 size^2)
+        tasks[task.name] = {"largest": route.knn_accuracy(*parts, task)[1],
+                            "images": len(task.test)}
+    return tasks
+
+
 def run_job(job, commit):
     """Runs a job's commands, output to <where>/<name>/log.txt; returns its line, a dict."""
+    if job.name == "pixels":
+        return {"pool": job.pool, "seed": job.seed, "row": job.name, "commit": commit,
+                "tasks": score_pixels(job)}
     target, began = job.where / job.name, time.time()
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     for command in commands_of(job):

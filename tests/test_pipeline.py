@@ -138,7 +138,7 @@ def interrupt(arguments, number, word):
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_for_bit(images, start, tmp_path):
-    """Ended by a signal after ten of 48 steps, four before phase 1; then killed where it went on."""
+    """Ended by a signal after ten of 48 steps, in phase 0, then killed where it has gone on."""
     more = ["--phases", "1,2,0,0,0", "--epochs", 4]
     script(*sdr(images, start, tmp_path / "whole", *more))
     arguments = list(map(str, sdr(images, start, tmp_path / "cut", *more)))

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import claims
 import reproduce
@@ -56,6 +57,20 @@ def test_random_and_renumbered_clusters_keep_their_sizes(tmp_path):
     assert (np.bincount(clusters) == 256).all() and (clusters != np.arange(4096) % 16).any()
 
 
+def test_pixels_are_compared_without_their_brightness(tmp_path, monkeypatch):
+    """Two classes, dark left and dark right; how bright an image is says nothing of its class."""
+    rng, ramp = np.random.default_rng(0), np.linspace(0, 40, 32)
+    for part in ("train", "test"):
+        for c, slope in (("left", ramp), ("right", ramp[::-1])):
+            (tmp_path / "task" / part / c).mkdir(parents=True)
+            for i in range(12):
+                pixels = np.tile(slope, (32, 1)) + rng.integers(0, 200)
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"task/{part}/{c}/{i}.png")
+    monkeypatch.setattr(reproduce, "open_pool", lambda job: (None, [tmp_path / "task"]))
+    line = reproduce.run_job(job(tmp_path, "pixels"), "c")
+    assert line["tasks"] == {"task": {"largest": 100.0, "images": 24}} and line["commit"] == "c"
+
+
 def line(row, seed, routed, largest):
     tasks = {name: {"largest": largest, "routed": routed, "images": 400, "mean": 30.0, "best": 40.0,
                     "tests": [30.0, 40.0]} for name in reproduce.POOLS["toy"].kind_of}
@@ -77,6 +92,7 @@ def test_tables_say_what_the_lines_hold(tmp_path):
     assert "| SDR | 34.0 ± 2.8 | 32.0 ± 1.4 | 30.0 ± 0.0 | 40.0 ± 0.0 | +2.5 ± 4.9 |" in text
     assert "+50.0 ± 0.0: holds, 8 of 8 cases |" in text
     assert "| 5: ... by chance in as many cases | 2.0 |" in text
+    assert "| 4: SDR: std of the sub-nets' accuracies on a task | 7.1 ± 0.0 |" in text
 
 
 def test_tasks_that_chose_settings_are_left_out_of_means():
