@@ -188,7 +188,7 @@ SDR, which trains on from it for half as many epochs, adds the mean over sub-net
 `python pretrain.py --out runs/more --init {run}/simsiam.pt --epochs 10`. Try
 `python sdrnet.py {run}/sdrnet.pt {run}/tasks/signs/test signs.npy --path 0,1,1,0`.
 
-**How large is a sub-net, cut out, beside W_0?** {part / whole:.0%}: {part:,} weights and {whole:,}."""
+**How large is a sub-net beside W_0?** {part / whole:.0%}: {part:,} weights and {whole:,}."""
 
 
 def scores(run):
