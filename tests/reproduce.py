@@ -59,8 +59,9 @@ CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
 
 class Pool(NamedTuple):
     """base, more: epochs of `base`, and of what goes on from it; lr: of rows from scratch and of
-    claim 1's, which are short; of SimSiam and of SDR where they go on, each its best, or level with
-    that, of those tried; kind_of: task -> its images' kind; tuning: tasks that no claim counts."""
+    claim 1's, which are short; of SimSiam, of SDR, and of SimSiam for longer than that, each the
+    best, or level with that, of those tried; kind_of: task -> its images' kind; tuning: tasks that
+    no claim counts."""
     base: float
     more: float
     lr: tuple
@@ -69,13 +70,13 @@ class Pool(NamedTuple):
 
 
 POOLS = {
-    "toy": Pool(20, 10, (0.24, 0.96, 0.96), {"figures": "figures", "lands": "lands",
-                                             "signs": "signs", "weaves": "weaves"}),
-    "domains": Pool(6, 12, (0.24, 0.24, 0.48),
+    "toy": Pool(20, 10, (0.24, 0.96, 0.96, 0.48),
+                {"figures": "figures", "lands": "lands", "signs": "signs", "weaves": "weaves"}),
+    "domains": Pool(6, 12, (0.24, 0.24, 0.48, 0.24),
                     {"signs": "signs", "sketch": "sketch", "cartoon": "cartoon", "hands": "hands",
                      "tin_mammals": "photos", "tin_vehicles": "photos", "tin_food": "photos"},
                     ("sketch", "hands", "tin_food")),
-    "photographs": Pool(5, 6, (0.24, 0.24, 0.48),           # as of domains
+    "photographs": Pool(5, 6, (0.24, 0.24, 0.48, 0.24),     # as of domains
                         {"tin_mammals": "nature", "tin_arthropods": "nature", "tin_food": "nature",
                          "tin_vehicles": "artefacts", "tin_clothes": "artefacts",
                          "tin_places": "artefacts"},
@@ -255,9 +256,9 @@ def commands_of(job):
                  "--recipe", "quick", "--backbone", job.where / row.backbone, "--out", target,
                  "--seed", job.seed, "--workers", 0]]
     commands, epochs = [], epochs_of(job)
-    rate, simsiam, sdr = POOLS[job.pool].lr
+    rate, simsiam, sdr, longer = POOLS[job.pool].lr
     if row.start is not None and row.epochs != THIRD:
-        rate = sdr if row.clusters else simsiam
+        rate = sdr if row.clusters else longer if row.epochs[1] > 1 else simsiam
     network = "byol.pt" if "byol" in row.options else "simsiam.pt"
     seed = job.seed + 100 * (row.start is not None)    # not again what `base` has seen
     train = ["pretrain.py", "--data", images, "--out", target, "--seed", seed, "--workers", 0,
