@@ -527,11 +527,10 @@ def monitor(net, args, step, device, last):
     """kNN accuracy of W_0, by its running statistics, on the test images of args.monitor_task."""
     import route                                       # the one arrow to another stage
     net.eval()
-    task = args.monitor_task
-    features = route.task_features(net, task, device, args.amp, args.workers)
+    features = route.task_features(net, args.monitor_task, device, args.amp, args.workers)
     net.train()
-    _, accuracy = route.knn_accuracy(*features, task)
-    log_line(last, {"step": step, "task": task.name, "knn": accuracy})
+    _, accuracy = route.knn_accuracy(*features, args.monitor_task)
+    log_line(last, {"step": step, "task": args.monitor_task.name, "knn": accuracy})
 
 
 # ------------------------------------------------------------------------------------ the end
@@ -584,7 +583,7 @@ def calibration_batches(prefix, images, clusters, groups, seed, count=512, batch
 
 # ------------------------------------------------------------------------------------ command
 
-RECIPES = {                             # where neither an option nor, for SDR, --init's run says
+RECIPES = {                                            # where neither option nor --init says
     "toy": dict(arch="resnet18", width=16, small_stem=False, image_size=32, head=512, layers=2,
                 epochs=20, batch_size=64, lr=0.24, weight_decay=5e-4, blur=0.0),
     "small": dict(arch="resnet18", width=64, small_stem=True, head=2048, layers=2,
@@ -601,8 +600,7 @@ SDR_ONLY = ("shared", "subnets", "sub_batch", "distill", "kd_weight", "phases", 
 def read_phases(text):
     """"1,1,1,1,4" -> [1.0, 1.0, 1.0, 1.0, 4.0], a type for argparse."""
     shares = [float(share) for share in text.split(",")]
-    usable = len(shares) == 5 and all(0 <= share < math.inf for share in shares)
-    if not usable or sum(shares[1:]) == 0:
+    if len(shares) != 5 or not all(0 <= s < math.inf for s in shares) or not any(shares[1:]):
         raise argparse.ArgumentTypeError(f"{text}: five shares are needed, none negative, one of "
                                          "the last four above 0, as in 1,1,1,1,4")
     return shares
@@ -615,7 +613,7 @@ def build_parser():
                                      usage=argparse.SUPPRESS)
     group = parser.add_argument_group("images and files")
     group.add_argument("--data", help="folder of images, at any depth; default: toy images")
-    group.add_argument("--out", default="runs/toy", help="folder of this run's files: runs/toy")
+    group.add_argument("--out", help="folder of this run's files; of toy images runs/toy")
     group.add_argument("--subset", help="an .npy of indices: train on these images of --data only")
     group.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
                        help="processes that read images; 0: this one does")
@@ -647,8 +645,8 @@ def build_parser():
     group = parser.add_argument_group("optimisation")
     group.add_argument("--objective", choices=("simsiam", "byol"), default="simsiam",
                        help="simsiam; the paper has both")
-    group.add_argument("--init", help="start from these weights: ours, or any ResNet's; none: at "
-                       "random, as in the paper; default with --clusters: <out>/simsiam.pt")
+    group.add_argument("--init", help="start from ours, with its run's values, or from any ResNet; "
+                       "none: at random, as the paper; with --clusters <out>/simsiam.pt")
     group.add_argument("--epochs", type=number(float, 1e-6),
                        help="of W_0; SimSiam: 100, SDR half of --init's; paper: not given")
     group.add_argument("--batch-size", type=number(int, 2), help="B; SimSiam: 512")
@@ -678,11 +676,11 @@ def earlier_values(path):
 
 
 def default_values(args, names, recipe):
-    """(where they are from, values): for SDR those of --init's run at half its epochs and twice its
-    rate, else the recipe named, else one by the median short side of some fifty images."""
-    values = earlier_values(args.init) if args.clusters and args.init != "none" else {}
-    if values:
-        return f"of {args.init}", values | {"epochs": values["epochs"] / 2, "lr": 2 * values["lr"]}
+    """(where they are from, values): those of --init's run, for SDR half its epochs and twice its
+    rate; else the recipe named, else one by the median short side of some fifty images."""
+    if args.init not in (None, "none") and (values := earlier_values(args.init)):
+        of_sdr = {"epochs": values["epochs"] / 2, "lr": 2 * values["lr"]}
+        return f"of {args.init}", values | of_sdr if args.clusters else values
     if recipe in ("toy", "large"):
         return recipe, dict(RECIPES[recipe])
     some = names[::max(1, len(names) // 50)]
@@ -753,7 +751,7 @@ def compare_listings(path, names, otherwise="give another --out, or --fresh"):
     for line, (was, now) in enumerate(pairs, start=1):
         if was != now:
             raise InputError(f"{path} has {was} in line {line}, the images given {now}: name the "
-                             f"folder that it was made of, or {otherwise}")
+                             f"folder and --subset that it is of, or {otherwise}")
 
 
 def load_init(model, path):
@@ -802,7 +800,10 @@ def run(args):
     """The command, from the options on."""
     recipe, device = None, sdrnet.setup(args.device, args.seed)
     if args.data is None:
-        recipe, args.data = "toy", os.path.join(sdrnet.toy_folder(), "images")
+        args.data, args.out = os.path.join(sdrnet.toy_folder(), "images"), args.out or "runs/toy"
+        recipe = "toy"
+    elif args.out is None:
+        raise InputError(f"--data {args.data} needs a folder of its own for its files: --out")
     names = sdrnet.list_images(args.data, leave_out=args.out)
     if args.subset:
         chosen = np.unique(load_indices(args.subset, "--subset"))
@@ -816,7 +817,7 @@ def run(args):
         clusters, groups = load_clusters(args.clusters, names)
         args.init = args.init or os.path.join(args.out, f"{args.objective}.pt")
     fill_defaults(args, names, recipe)
-    if device.type == "cpu" and args.image_size > 64:
+    if device.type == "cpu" and args.width > 16:
         sdrnet.print0("no GPU: should it take too long, the README has a small network's options")
     if args.clusters and sdrnet.split(args.width, groups, args.shared)[1] == 0:
         raise InputError(f"{args.clusters} needs {groups} groups a stage, and --width {args.width} "
@@ -833,8 +834,7 @@ def run(args):
     if args.init not in (None, "none"):
         sdrnet.read_torch_file(args.init)              # or says what is wrong with it
         arguments["init"] = fingerprint(np.fromfile(args.init, np.uint8))
-    final = os.path.join(args.out, f"{kind}.pt")
-    last = os.path.join(args.out, f"{kind}.last.pt")
+    final, last = (os.path.join(args.out, kind + ending) for ending in (".pt", ".last.pt"))
     other = os.path.join(args.out, "byol.pt" if kind == "simsiam" else "simsiam.pt")
     if alone and os.path.exists(other):
         raise InputError(f"{args.out}/features.npy is of {other}: give another --out")

@@ -144,6 +144,11 @@ def test_sdr_goes_on_as_simsiam_was_trained(tmp_path):
     wanted = {"width": 8, "head": 32, "batch_size": 8, "image_size": 16, "epochs": 0.5,
               "small_stem": False, "blur": 0.25, "lr": 0.25, "seed": 1}
     assert wanted.items() <= got.items()
+    longer = ["--data", tmp_path / "data", "--out", tmp_path / "longer", "--init",
+              tmp_path / "simsiam.pt"]
+    assert run(pretrain, *longer, "--workers", 0, "--amp", "off", "--epochs", 2)[0] == 0
+    got = torch.load(tmp_path / "longer" / "simsiam.pt")["origin"]["arguments"]
+    assert {**wanted, "epochs": 2, "lr": 0.125}.items() <= got.items()
     torch.save({"kind": "simsiam", "origin": {"arguments": {"width": 8}}}, tmp_path / "other.pt")
     assert pretrain.earlier_values(tmp_path / "other.pt") == {}
 
@@ -342,6 +347,12 @@ def test_a_wrong_option_is_one_line(tmp_path, option):
     data = write_images(tmp_path / "data", [f"{i}.png" for i in range(8)])
     refused(pretrain, said, "--data", data, "--out", tmp_path / "out", *TINY, option, value)
     assert not (tmp_path / "out" / "simsiam.pt").exists()
+
+
+def test_images_of_ones_own_need_a_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(pretrain, "--out", "--data", write_images(tmp_path / "data", ["1.png", "2.png"]), *TINY)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_options_of_subnets_are_refused_without_clusters(tmp_path):
