@@ -17,7 +17,7 @@ In:   <out>/features.npy, float (N, D), or --features; for the picture images.tx
 Out:  <out>/clusters.npy    int64 (N,): the cluster of each image; cluster i trains sub-net i
       <out>/centroids.npy   float32 (k, D): of centred features of unit length
       <out>/clusters.json   sizes, objective, protocol, and the mean that centres other features
-      <out>/clusters.png    rows of 24 clusters: index, size, the images nearest to the centroid
+      <out>/clusters.png    a row a cluster, 24 at most: index, size, images nearest its centroid
 
 Measured on one core (AMD EPYC, AVX2, torch 2.14): 4,096 x 128 into 16 in 4 s; sizes 219 to 301.
 
@@ -73,7 +73,7 @@ def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0,
     optimizer = torch.optim.SGD([C], lr=lr, momentum=0.9)
     v = torch.zeros(k, dtype=torch.float64, device=C.device)
     for epoch in range(epochs):
-        with torch.no_grad():
+        with torch.no_grad():                          # as scores(): it lifts with sinkhorn alone
             S = torch.cat([f[a:a + chunk] @ C.T for a in range(0, len(f), chunk)])     # (N, k)
         U, v, error, rounds = sinkhorn(S, eps, v)
         order, total = rng.permutation(len(f)), 0.0
@@ -89,6 +89,11 @@ def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0,
         print(f"epoch {epoch + 1}: {rounds} Sinkhorn rounds, marginal error {error:.3f}, "
               f"cross-entropy {total:.4f}", flush=True)
     return C.detach()
+
+
+def scores(f, C, chunk=8192):
+    """S = F^T C: features (N, D), as learn_centroids takes them, centroids (k, D) -> (N, k)."""
+    return torch.cat([f[a:a + chunk] @ C.T for a in range(0, len(f), chunk)])
 
 
 def objective(U, S, eps):
@@ -269,7 +274,7 @@ def run(args):
                         seed=args.seed)
     if groups ** 4 == args.k:
         C = C[order_clusters(C, groups).argsort()]     # so that row i is the centroid of index i
-    S = torch.cat([f[a:a + 8192] @ C.T for a in range(0, len(f), 8192)])               # (N, k)
+    S = scores(f, C)
     clusters = S.argmax(1).numpy()
     U, _, error, _ = sinkhorn(S, args.eps, torch.zeros(args.k, dtype=torch.float64))
     sizes = np.bincount(clusters, minlength=args.k)

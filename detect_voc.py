@@ -251,7 +251,7 @@ def find_image(folder, name):
 
 def clip_boxes(boxes, size, path):
     """VOC's inclusive pixels from 1 -> continuous [x1, y1, x2, y2]. What leaves the image by one
-    pixel at most is clipped. Raises InputError for more, and for boxes of no area."""
+    pixel at most is clipped. Raises InputError for more, and for boxes of less than a pixel."""
     width, height = size
     boxes = boxes - (1, 1, 0, 0)
     inside = boxes.clip(0, (width, height, width, height))
@@ -627,8 +627,7 @@ def early_stopping(candidates, data, args, device, path, arguments):
     count = max(1, round(len(usable) / 5))
     held, rest = order[:count].tolist(), order[count:].tolist()
     if not rest:
-        raise InputError(f"early stopping needs two training images with objects, and there is "
-                         f"{len(usable)}: name one --backbone")
+        raise InputError("early stopping needs two images with objects: name one --backbone")
     content = {"arguments": arguments, "table": {}}
     if os.path.exists(path):
         with open(path) as file:
@@ -775,10 +774,9 @@ def list_candidates(args):
         return [(source, source, args.path) for source in sources]
     if args.path or len(sources) > 1:
         raise InputError("--scores and --best take one --backbone: leave out --path and others")
-    files, count = [args.scores], args.best or 4
+    files, count = [args.scores], 4
     if not args.scores:
-        files = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy")))
-        count = args.best or 1
+        files, count = sorted(glob.glob(os.path.join(glob.escape(args.out), "*", "scores.npy"))), 1
     if not files:
         raise InputError(f"no task was routed in {args.out}: run route.py, or name a --backbone")
     groups = sdrnet.load_checkpoint(sources[0], "sdrnet")["config"]["groups"]
@@ -795,7 +793,7 @@ def list_candidates(args):
         if result.exists() and weights not in result.read_text():
             raise InputError(f"{file} is of another {sources[0]}: run route.py again")
     scores = np.mean(tables, axis=0)
-    for index in np.argsort(-scores, kind="stable")[:count].tolist():
+    for index in np.argsort(-scores, kind="stable")[:args.best or count].tolist():
         digits = ",".join(map(str, sdrnet.index_to_path(index, groups)))
         candidates.append((f"sub-net {index}, path {digits}", sources[0], digits))
         sdrnet.print0(f"sub-net {index}, path {digits}: score {scores[index]:.1f} %, the mean over "

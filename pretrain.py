@@ -811,7 +811,7 @@ def run(args):
             raise InputError(f"--subset {args.subset}: index {chosen[-1]}, and {args.data} holds "
                              f"{len(names):,} images")
         names = [names[i] for i in chosen]
-    clusters, groups, kind, alone = None, 1, args.objective, not args.clusters
+    clusters, groups, kind = None, 1, args.objective
     if args.clusters:
         kind = "sdrnet"
         clusters, groups = load_clusters(args.clusters, names)
@@ -832,18 +832,17 @@ def run(args):
     if clusters is not None:
         arguments["clusters"] = fingerprint(clusters.tobytes())
     if args.init not in (None, "none"):
-        sdrnet.read_torch_file(args.init)              # or says what is wrong with it
         arguments["init"] = fingerprint(np.fromfile(args.init, np.uint8))
     final, last = (os.path.join(args.out, kind + ending) for ending in (".pt", ".last.pt"))
     other = os.path.join(args.out, "byol.pt" if kind == "simsiam" else "simsiam.pt")
-    if alone and os.path.exists(other):
+    if clusters is None and os.path.exists(other):
         raise InputError(f"{args.out}/features.npy is of {other}: give another --out")
     if not start_folder(args, names, arguments, final, last):
         return
     net = sdrnet.SDRNet(args.arch, args.width, groups, args.shared, args.small_stem)
-    # Alone W_0 needs neither q nor heads for sub-nets.
-    model = SDR(net, args.layers, args.head, "none" if alone else args.distill, args.kd_weight,
-                alone or args.shared_heads, args.objective)
+    # Without sub-nets W_0 needs neither q nor heads for them.
+    distill, shared = (args.distill, args.shared_heads) if args.clusters else ("none", True)
+    model = SDR(net, args.layers, args.head, distill, args.kd_weight, shared, args.objective)
     if args.init not in (None, "none"):
         load_init(model, args.init)
     model.to(device)

@@ -272,9 +272,8 @@ def task_features(net, task, device, amp="auto", workers=0):
 def knn_accuracy(train, test, task, k=20):
     """(leave-one-out percent on the training images, percent on the test images) of features."""
     votes = task.train_labels.clamp(min=0)
-    alone, shares = knn(train, votes, None, k), knn(train, votes, test, k)
-    return (measure(alone, task.train_labels, task.metric),
-            measure(shares, task.test_labels, task.metric))
+    return (measure(knn(train, votes, None, k), task.train_labels, task.metric),
+            measure(knn(train, votes, test, k), task.test_labels, task.metric))
 
 
 def score_all_paths(net, task, k, device, amp="auto", workers=0):
@@ -357,8 +356,7 @@ def score_network(net, task, args, device):
     if near_duplicates(train, task.train_labels) > 0.5:
         print(f"{task.name}: warning: most training images have a near-duplicate among them, such "
               "as frames of one film, so leave-one-out scores mean little")
-    score, test_score = knn_accuracy(train, test, task, args.k)
-    largest = {"score": score, "test": test_score}
+    largest = dict(zip(("score", "test"), knn_accuracy(train, test, task, args.k)))
     if args.probe:
         largest["probe"], largest["probe_decay"] = probe_accuracy(train, test, task)
     return {"task": task.name, "metric": task.metric, "k": min(args.k, len(train)),
@@ -568,8 +566,7 @@ def run(args):
         sdrnet.print0(f"no --task: the toy tasks of {folder}")
     names = [os.path.basename(os.path.abspath(name)) for name in args.task]
     if len(set(names)) < len(names):
-        raise InputError(f"--task: two are named {max(names, key=names.count)}, and each gets a "
-                         "folder of its name in --out: rename one")
+        raise InputError(f"--task: two are named {max(names, key=names.count)}: rename one")
     tasks = [open_task(name, args.image_size, args.root, args.download)
              for name in args.task[sdrnet.rank()::sdrnet.world_size()]]        # shared out
     tasks = [limit_training(task, args.max_train) for task in tasks]

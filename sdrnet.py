@@ -698,9 +698,9 @@ def load_network(path, norm_layer=nn.BatchNorm2d):
         else:
             net = SDRNet(**content["config"])
             net.resnet.load_state_dict(content["backbone"])
-        for name, kept in content.get("statistics", {}).items():
-            bn = net.resnet.get_submodule(name)
-            bn.prefix_mean, bn.prefix_var = kept["mean"], kept["var"]
+            for name, kept in content["statistics"].items():
+                bn = net.resnet.get_submodule(name)
+                bn.prefix_mean, bn.prefix_var = kept["mean"], kept["var"]
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} does not fit its own config ({first_line(error)})") from None
     if not all(torch.isfinite(value).all() for value in net.state_dict().values()):
@@ -922,7 +922,8 @@ def main():
             raise InputError(f"{args.target}: a name that ends in .npy is needed")
         net = load_network(args.checkpoint)
         if args.path is not None:
-            net = SDRNet.extract(net, read_path(args.path, net))
+            path = read_path(args.path, net)           # or says that there are none
+            net = net.extract(path)
         names = list_images(args.folder, leave_out=os.path.dirname(args.checkpoint))
         size = load_checkpoint(args.checkpoint)["image_size"]
         images = Images(args.folder, names, functools.partial(center_crop, size=size))

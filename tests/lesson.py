@@ -111,7 +111,7 @@ image against all others has 2 / sqrt(B) = {least:.2f}; here it came to {ill[:, 
 def posterior(run, count=200):
     """Sinkhorn's posterior U, images sorted by cluster"""
     C, clusters = torch.from_numpy(np.load(run / "centroids.npy")), np.load(run / "clusters.npy")
-    S = cluster.load_features(run / "features.npy")[:] @ C.T
+    S = cluster.scores(cluster.load_features(run / "features.npy"), C)
     rows = np.argsort(clusters, kind="stable")[np.linspace(0, len(S) - 1, count).astype(int)]
     columns, sizes = Figure((9, 4), layout="constrained").subplots(1, 3), np.bincount(clusters)
     for axes, eps in zip(columns, (0.5, 0.05, 0.01)):

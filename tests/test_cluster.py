@@ -66,7 +66,7 @@ def test_kinds_are_found_and_balanced():
     f = torch.nn.functional.normalize(f - f.mean(0))
     C = cluster.learn_centroids(f, 16, batch=64)
     assert torch.allclose(C.norm(dim=1), torch.ones(16), atol=1e-5)
-    found = (f @ C.T).argmax(1).numpy()
+    found = cluster.scores(f, C).argmax(1).numpy()
     pure = sum(np.bincount(kind[found == i]).max() for i in np.unique(found)) / len(kind)
     assert pure > 0.8 and np.bincount(found, minlength=16).min() >= 30
 
@@ -111,7 +111,7 @@ def test_the_picture_shows_the_nearest_images(tmp_path, monkeypatch):
     run(monkeypatch, "--out", tmp_path, "--data", tmp_path / "images")
     clusters, C = np.load(tmp_path / "clusters.npy"), np.load(tmp_path / "centroids.npy")
     mean = torch.tensor(json.loads((tmp_path / "clusters.json").read_text())["feature_mean"])
-    S = (cluster.Centred(f, mean)[:] @ torch.from_numpy(C).T).numpy()
+    S = cluster.scores(cluster.Centred(f, mean), torch.from_numpy(C)).numpy()
     sheet = np.array(Image.open(tmp_path / "clusters.png"))
     for row, i in enumerate(np.unique(clusters)):
         members = np.flatnonzero(clusters == i)
@@ -127,8 +127,8 @@ def test_read_only_and_memory_mapped_arrays_give_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = cluster.load_features(tmp_path / "f.npy")
-        loaded[:]
-        cluster.Centred(f, loaded.mean)[:]
+        cluster.scores(loaded, torch.randn(3, 16))
+        cluster.scores(cluster.Centred(f, loaded.mean), torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("scale, shift", [(1e30, 0), (1e-30, 0), (1, 1000)])
@@ -139,7 +139,7 @@ def test_features_of_any_scale_and_place_are_clustered(tmp_path, scale, shift):
         warnings.simplefilter("error")
         loaded = cluster.load_features(tmp_path / "f.npy")
         C = cluster.learn_centroids(loaded, 4, batch=32)
-    found = (loaded[:] @ C.T).argmax(1).numpy()
+    found = cluster.scores(loaded, C).argmax(1).numpy()
     pure = sum(np.bincount(kind[found == i]).max() for i in np.unique(found)) / len(kind)
     assert pure > 0.9
 

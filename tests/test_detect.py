@@ -117,7 +117,7 @@ def plain_voc(truth, found, c, threshold, eleven):
 
 @pytest.mark.slow
 def test_figures_are_the_rules_on_random_sets():
-    for seed in range(100):
+    for seed in range(200):
         truth, found = random_set(seed)
         table = detect_voc.evaluate(truth, found, 3)
         for c in range(2):

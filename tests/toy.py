@@ -9,7 +9,8 @@
 
 An image is a function of (seed, index). A class is a form alone: places, turns and sizes are drawn
 alike for all of a world, colours and noise in all worlds. The folders appear when all is drawn.
-Measured: 13 s on one core. kNN on pixels 21 to 40 %, a small supervised CNN 98 to 100 %.
+Measured: 13 s on one core. kNN on pixels, each image less its mean, 32 to 82 % of a world (seeds 3
+to 5), a small supervised CNN 98 to 100 %.
 """
 import argparse
 import shutil
