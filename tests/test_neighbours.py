@@ -123,7 +123,10 @@ def folder(tmp_path_factory):
     """A folder of 64 toy images and tasks of 32, and in base/ a short SimSiam run."""
     folder = tmp_path_factory.mktemp("neighbours")
     toy.draw(folder / "toy", pool=64, per_part=32)
-    assert run(pretrain, "--data", folder / "toy/images", "--out", folder / "base", *TINY)[0] == 0
+    # At 16 px the last stage is of one pixel, where torch 2.14's bf16 gradient of a strided 3x3 on
+    # CPU was seen to read memory that is not its own: now and then NaN.
+    assert run(pretrain, "--data", folder / "toy/images", "--out", folder / "base", *TINY,
+               "--image-size", 32)[0] == 0
     return folder
 
 
