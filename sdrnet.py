@@ -51,6 +51,7 @@ features.txt, the name of each row:
 Not known from the paper, so chosen here: the widths of the groups, the stem, BatchNorm.
 """
 import argparse
+import atexit
 import ctypes
 import datetime
 import functools
@@ -194,6 +195,8 @@ def setup(device="auto", seed=0):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=7))    # tasks differ in length
+        if device == "cpu":                            # else gloo's threads now and then abort
+            atexit.register(dist.destroy_process_group)                # a process that is done
     torch.manual_seed(seed)
     return torch.device(device)
 
@@ -774,10 +777,7 @@ def list_images(folder, leave_out=None):
             is_image = name.lower().endswith(SUFFIXES) and not name.startswith(".")
             place = os.path.normpath(os.path.join(inside, name))
             one_line = "\n" not in place and "\r" not in place         # in images.txt
-            if is_image and one_line:
-                names.append(place)
-            else:
-                left_out.append(place)
+            (names if is_image and one_line else left_out).append(place)
     if left_out:
         print0(f"{folder}: {len(left_out)} names left out (no image, begins with a dot, output, or "
                f"met before), such as {min(left_out)}")
