@@ -51,7 +51,6 @@ features.txt, the name of each row:
 Not known from the paper, so chosen here: the widths of the groups, the stem, BatchNorm.
 """
 import argparse
-import atexit
 import ctypes
 import datetime
 import functools
@@ -195,8 +194,6 @@ def setup(device="auto", seed=0):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=7))    # tasks differ in length
-        if device == "cpu":                            # else gloo's threads now and then abort
-            atexit.register(dist.destroy_process_group)                # a process that is done
     torch.manual_seed(seed)
     return torch.device(device)
 
@@ -935,6 +932,8 @@ def main():
             save_file(args.target, functools.partial(np.save, arr=features))
             save_names(listing, names)
         print0(f"wrote {args.target}: {len(names):,} x {net.features}")
+        if dist.is_initialized():                      # else gloo aborts one exit in six
+            dist.destroy_process_group()
     except InputError as error:
         parser.error(" ".join(str(error).split()))
 

@@ -128,7 +128,7 @@ def test_average_precision_lifts():
 # ------------------------------------------------------------------------------------ laws
 
 # Lines of a script. These figures may only fall.
-MOST_LINES = {"sdrnet": 943, "cluster": 313, "pretrain": 874, "route": 598, "detect_voc": 886}
+MOST_LINES = {"sdrnet": 942, "cluster": 313, "pretrain": 874, "route": 598, "detect_voc": 886}
 # Different names of sdrnet that a script uses. These figures may only fall.
 MOST_NAMES = {"sdrnet": 1, "cluster": 1, "pretrain": 39, "route": 26, "detect_voc": 37}
 ARROWS = {"sdrnet": set(), "cluster": set(), "pretrain": {"sdrnet", "route"}, "route": {"sdrnet"},
