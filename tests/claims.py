@@ -111,6 +111,8 @@ def claims(data):
         for row in (f"simsiam_{times}", f"simsiam_images_{times}"):
             claim(f"2: {ROWS[f'sdr_{times}'].text}, over {ROWS[row].text}",
                   data.gains(f"sdr_{times}", row))
+    for row in ("byol", "byol_images"):
+        both(f"2: {ROWS['sdr_byol'].text}, over {ROWS[row].text}", "sdr_byol", row)
     claim("3: on every task, equal epochs", each_task(lambda kind: "sdr", "simsiam"), "task")
     rows = ("sdr", "random", "sdr_long")
     for row in rows:

@@ -53,6 +53,7 @@ IMAGES = 1 + 4 / 2 * 7 / 8                             # a step's, in B: 4 halve
 COST = 1 + 3.7 * 7 / 8                                 # and what it costs, in SimSiam steps
 THIRD = (0, 1 / 3)                                     # epochs of claim 1's rows
 ONE = 15                                               # path (1, 1, 1, 1) of g = 2
+BYOL = "--objective byol"
 CURRENCIES = {"simsiam": "equal epochs", "simsiam_images": "equal images",
               "simsiam_cost": "equal cost"}            # rows that SDR is compared with
 
@@ -127,11 +128,10 @@ ROWS = {
     "scratch": Row("SDR from scratch", (1, 1), clusters="balanced", start=None),
     "scratch_no_phases": Row("SDR from scratch, without phases", (1, 1), clusters="balanced",
                              options="--phases 0,0,0,0,1", start=None),
-    "base_byol": Row("BYOL, where its rows go on from", (1, 0), options="--objective byol",
-                     start=None),
-    "byol": Row("BYOL, equal epochs", options="--objective byol", start="base_byol"),
-    "sdr_byol": Row("SDR over BYOL", clusters="balanced", options="--objective byol",
-                    start="base_byol"),
+    "base_byol": Row("BYOL, where its rows go on from", (1, 0), options=BYOL, start=None),
+    "byol": Row("BYOL, equal epochs", options=BYOL, start="base_byol"),
+    "byol_images": Row("BYOL, equal images", (0, IMAGES), options=BYOL, start="base_byol"),
+    "sdr_byol": Row("SDR on BYOL", clusters="balanced", options=BYOL, start="base_byol"),
     "simsiam_half": Row("SimSiam, half of the epochs", (0, 1 / 2)),
     "sdr_half": Row("SDR, half of the epochs", (0, 1 / 2), clusters="balanced"),
     "simsiam_double": Row("SimSiam, twice the epochs", (0, 2)),
