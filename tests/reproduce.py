@@ -9,7 +9,7 @@ Pools: toy (drawn); domains (PACKS/domains, /tiny-imagenet, /tin_tasks: signs, s
 hands, photographs); photographs (PACKS/tiny-imagenet, /tin_tasks). A row is one run of pretrain.py
 and of route.py on all tasks of the pool; ROWS lists them, in the order in which they are run. All
 rows of a seed go on from its row `base`, SimSiam from scratch, and its clusters, with views and
-orders of epochs that `base` has not seen (its seed and 100).
+orders of epochs that `base` has not seen (its seed and 100). Boxes: toy scenes, or PACKS/bccd.
 
 Currencies. What SDR is compared with is SimSiam, continued from the same `base` for
     epochs  as many images of the largest network as SDR's
@@ -88,8 +88,8 @@ POOLS = {
 class Row(NamedTuple):
     """epochs: of Pool.base, of Pool.more; start: the row whose network it starts from; clusters:
     balanced, or these renumbered at random, random (the same sizes), one (all images on sub-net
-    ONE), or k; subset: a kind; backbone: the checkpoint that detects toy scenes; nothing else is
-    trained then."""
+    ONE), or k; subset: a kind; backbone: the checkpoint that detects, toy scenes or blood cells,
+    and nothing else is trained."""
     text: str
     epochs: tuple = (0, 1)
     clusters: str = None
@@ -145,12 +145,12 @@ ROWS = {
                                options="--lr 0.24"),
     "random_long": Row("SDR, random clusters, four times the epochs", (0, 4), clusters="random",
                        options="--lr 0.48"),
+    "detect_largest": Row("detection: SDR's largest network", backbone="sdr/sdrnet.pt"),
+    "detect_simsiam": Row("detection: SimSiam, equal epochs", backbone="simsiam/simsiam.pt"),
+    "detect_images": Row("detection: SimSiam, equal images", backbone="simsiam_images/simsiam.pt"),
 }
-DETECTION = {
-    "detect_sdr": Row("detection by the sub-net of figures", backbone="sdr/figures/subnet.pt"),
-    "detect_largest": Row("detection by SDR's largest network", backbone="sdr/sdrnet.pt"),
-    "detect_simsiam": Row("detection by SimSiam, equal epochs", backbone="simsiam/simsiam.pt"),
-}
+FIGURES = {"detect_sdr": Row("detection: the sub-net of figures",
+                             backbone="sdr/figures/subnet.pt")}        # which toy scenes are of
 
 
 def rows_of(pool):
@@ -159,7 +159,7 @@ def rows_of(pool):
     for kind in sorted(set(POOLS[pool].kind_of.values())):
         text = f"SimSiam on {kind} alone, a third of the images"
         rows[f"only_{kind}"] = Row(text, THIRD, subset=kind)
-    return rows | ROWS | (DETECTION if pool == "toy" else {})
+    return rows | ROWS | (FIGURES if pool == "toy" else {})
 
 
 # ------------------------------------------------------------------------------------ pools
@@ -252,9 +252,11 @@ def commands_of(job):
     images, tasks = open_pool(job)
     target.mkdir(parents=True, exist_ok=True)
     if row.backbone:
-        return [["detect_voc.py", "--voc", job.where / "toy/VOCdevkit", "--train", "2007:trainval",
-                 "--recipe", "quick", "--backbone", job.where / row.backbone, "--out", target,
-                 "--seed", job.seed, "--workers", 0]]
+        boxes = ([job.where / "toy/VOCdevkit"] if job.pool == "toy" else
+                 [job.packs / "bccd/VOCdevkit", "--iterations", 250, "--test-side", 192])
+        return [["detect_voc.py", "--voc", *boxes, "--train", "2007:trainval", "--recipe", "quick",
+                 "--backbone", job.where / row.backbone, "--out", target, "--seed", job.seed,
+                 "--workers", 0]]
     commands, epochs = [], epochs_of(job)
     rate, simsiam, sdr, longer = POOLS[job.pool].lr
     if row.start is not None and row.epochs != THIRD:
@@ -335,8 +337,7 @@ def run_job(job, commit):
 
 def shorten(command, job):
     """A command line without the folders of this machine."""
-    text = " ".join(command).replace(f"{job.where}/", "")
-    return text.replace(str(job.packs), "PACKS")
+    return " ".join(command).replace(f"{job.where}/", "").replace(str(job.packs), "PACKS")
 
 
 def read_result(folder, only=None):
@@ -434,8 +435,7 @@ def main():
     parser.add_argument("--packs", type=Path, default=Path("data"), help="image packs: data")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="runs/claims")
     parser.add_argument("--results", type=Path, default=RESULTS, help="tests/results")
-    parser.add_argument("--budget-minutes", type=float, default=1e9,
-                        help="start no row after so long")
+    parser.add_argument("--budget-minutes", type=float, default=1e9, help="start no row after")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.seeds = args.seeds or ([10, 11] if args.tried else [3, 4, 5])
