@@ -11,12 +11,12 @@ S = F^T C. The clusters' posterior U maximises
 
 so U_ij = exp(u_i + v_j + S_ij / eps), found by Sinkhorn-Knopp. C is learned by SGD on the
 cross-entropy between U and softmax(S / T). The two alternate, an epoch each; at last each image
-goes to the cluster of its highest score S. Here f is centred, and f and c are of unit length.
+goes to the cluster of its highest score S. Here f is unit, less the mean, unit again; c is unit.
 
 In:   <out>/features.npy, float (N, D), or --features; for the picture images.txt beside it, --data
 Out:  <out>/clusters.npy    int64 (N,): the cluster of each image; cluster i trains sub-net i
-      <out>/centroids.npy   float32 (k, D): of centred features of unit length
-      <out>/clusters.json   sizes, objective, protocol, and the mean that centres other features
+      <out>/centroids.npy   float32 (k, D), a centroid a row
+      <out>/clusters.json   sizes, objective, protocol, and the mean to take off other unit features
       <out>/clusters.png    a row a cluster, 24 at most: index, size, images nearest its centroid
 
 Measured on one core (AMD EPYC, AVX2, torch 2.14): 4,096 x 128 into 16 in 4 s; sizes 219 to 301.
@@ -73,7 +73,7 @@ def learn_centroids(f, k, eps=0.05, T=0.1, epochs=10, lr=0.1, batch=256, seed=0,
     optimizer = torch.optim.SGD([C], lr=lr, momentum=0.9)
     v = torch.zeros(k, dtype=torch.float64, device=C.device)
     for epoch in range(epochs):
-        with torch.no_grad():                          # as scores(): it lifts with sinkhorn alone
+        with torch.no_grad():                          # scores(), so that this lifts alone
             S = torch.cat([f[a:a + chunk] @ C.T for a in range(0, len(f), chunk)])     # (N, k)
         U, v, error, rounds = sinkhorn(S, eps, v)
         order, total = rng.permutation(len(f)), 0.0
@@ -154,7 +154,7 @@ def load_features(path):
         f = np.lib.format.open_memmap(path, "r")       # np.load would open an archive too
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is not there or no plain .npy ({error}): run pretrain.py first, "
-                         "or give --features") from None
+                         "or name an array by --features") from None
     if f.ndim != 2 or f.dtype.kind != "f" or f.size == 0:
         raise InputError(f"{path} holds {f.dtype} of shape {f.shape}; floats (N, D) are needed")
     total = torch.zeros(f.shape[1], dtype=torch.float64)
@@ -260,16 +260,16 @@ def run(args):
     except OSError as error:
         raise InputError(f"folder {args.out} cannot be made ({error.strerror})") from None
     listings = os.path.splitext(path)[0] + ".txt", os.path.join(os.path.dirname(path), "images.txt")
-    listing, names = next(filter(os.path.exists, listings), listings[1]), []
+    own = os.path.join(args.out, "images.txt")         # of rows without a listing it must be that
+    listing, names = next(filter(os.path.exists, (*listings, own)), listings[1]), []
     if os.path.exists(listing):
         names = read_listing(listing, len(f))
-    own = os.path.join(args.out, "images.txt")
     if names and os.path.exists(own) and read_listing(own, len(f)) != names:
         raise InputError(f"{own} and {listing} name different images: give another --out")
     rank, groups = effective_rank(f[::math.ceil(len(f) / 10000)]), round(args.k ** 0.25)
     print(f"{path}: {len(f):,} x {len(f.mean)} of effective rank {rank:.1f}", flush=True)
     if groups ** 4 != args.k:
-        print(f"{args.k} is not g^4 (1, 16, 81, 256, ...): without an order, and not for sub-nets")
+        print(f"{args.k} is not g^4 (1, 16, 81, 256, ...): no order, and sub-nets without images")
     C = learn_centroids(f, args.k, args.eps, args.temperature, args.epochs, args.lr,
                         seed=args.seed)
     if groups ** 4 == args.k:

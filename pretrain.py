@@ -27,8 +27,8 @@ Out:  <out>/images.txt     one name a line, sorted: line i is row i of every arr
       <out>/simsiam.pt     (byol.pt) network and heads; beside it features.npy, float32 (N, D)
       <out>/sdrnet.pt      with --clusters: the same, and the statistics of all prefixes
       <out>/*.last.pt      the state that the same command goes on from, on a CPU bit for bit
-      <out>/*.log.jsonl    the lines on the screen. Losses run from 0 to -1. std is `feature_std`:
-                           about 1 in health, though features all on one line have 1, too
+      <out>/*.log.jsonl    the lines on the screen. Losses run from 0 to -1 (kd by l2: 4 to 0). std,
+                           `feature_std`, is about 1, though features on one line have 1, too
 
 Measured on one core of an AMD EPYC with bf16 units, torch 2.14: 20 epochs of SimSiam on toy images
 in 2:00 minutes; 10 of SDR, four sub-nets of 32 images a step, in 3:50.
@@ -104,7 +104,7 @@ def crop_boxes(u, height, width, area=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
 def crop_batch(images, boxes, size):
     """images uint8 (n, 3, H, W), boxes (n, 4) -> float32 (n, 3, size, size) in [0, 1], bilinear.
 
-    Not antialiased: a box more than twice as large as `size` is sampled, not averaged."""
+    Boxes over twice `size` are sampled, not averaged; enlarged ones read half a pixel around."""
     height, width = images.shape[2:]
     top, left, h, w = boxes.to(images.device).float().unbind(1)
     theta = torch.zeros(len(images), 2, 3, device=images.device)   # output place -> input place
@@ -519,7 +519,7 @@ def train(model, args, names, clusters, device, last, arguments):
             saved = now
             sdrnet.save_state(last, done, arguments, model, optimizer)
         if stop:
-            sdrnet.print0(f"stopped at step {done:,} and saved; the same command goes on")
+            sdrnet.print0(f"stopped at step {done:,}: without --fresh the same command goes on")
             sys.exit(128 + max(sdrnet.CAUGHT, default=15))
 
 
@@ -577,8 +577,7 @@ def calibration_batches(prefix, images, clusters, groups, seed, count=512, batch
         members = np.flatnonzero(clusters // below == sdrnet.path_to_index(prefix, groups))
         if len(members):                               # an empty cluster's sub-net never trained
             chosen[::2] = rng.choice(members, len(chosen[::2]))
-    blocks = chosen.reshape(-1, batch)
-    return [block[sdrnet.rank()::sdrnet.world_size()] for block in blocks]
+    return [block[sdrnet.rank()::sdrnet.world_size()] for block in chosen.reshape(-1, batch)]
 
 
 # ------------------------------------------------------------------------------------ command
@@ -592,7 +591,7 @@ RECIPES = {                                            # where neither option no
                   epochs=100, batch_size=512, lr=0.05, weight_decay=1e-4, blur=0.5),
 }
 RUN_ONLY = ("data", "subset", "out", "init", "device", "workers", "fresh",
-            "monitor_task")                            # may change in a run: files go by content
+            "monitor_task")                            # may change in a run: images go by name
 SDR_ONLY = ("shared", "subnets", "sub_batch", "distill", "kd_weight", "phases", "phases_literal",
             "shared_heads")                            # mean nothing without clusters
 
@@ -666,21 +665,23 @@ def build_parser():
     return parser
 
 
-def earlier_values(path):
-    """A recipe's values in the run that wrote the checkpoint `path`; {} of a file not ours."""
+def earlier_values(path, sdr):
+    """A recipe's values in the run that wrote `path`, as `default_values` says; {} if not ours."""
     content = sdrnet.read_torch_file(path)
     ours = isinstance(content, dict) and "kind" in content
     arguments = content.get("origin", {}).get("arguments", {}) if ours else {}
     complete = RECIPES["large"].keys() <= arguments.keys()
-    return {key: arguments[key] for key in RECIPES["large"]} if complete else {}
+    values = {key: arguments[key] for key in RECIPES["large"]} if complete else {}
+    if values and sdr and content["kind"] != "sdrnet":
+        values |= {"epochs": values["epochs"] / 2, "lr": 2 * values["lr"]}
+    return values
 
 
 def default_values(args, names, recipe):
-    """(where they are from, values): those of --init's run, for SDR half its epochs and twice its
-    rate; else the recipe named, else one by the median short side of some fifty images."""
-    if args.init not in (None, "none") and (values := earlier_values(args.init)):
-        of_sdr = {"epochs": values["epochs"] / 2, "lr": 2 * values["lr"]}
-        return f"of {args.init}", values | of_sdr if args.clusters else values
+    """(where they are from, values): those of --init's run, for SDR that begins half its epochs and
+    twice its rate; else the recipe given, else one by the median short side of fifty images."""
+    if args.init not in (None, "none") and (values := earlier_values(args.init, args.clusters)):
+        return f"of {args.init}", values
     if recipe in ("toy", "large"):
         return recipe, dict(RECIPES[recipe])
     some = names[::max(1, len(names) // 50)]
@@ -705,9 +706,8 @@ def fill_defaults(args, names, recipe):
                              "images or more for each")
     if len(names) < 2:
         raise InputError(f"{args.data}: one image alone teaches nothing")
-    known = {k: v for k, v in vars(args).items() if args.clusters or k not in SDR_ONLY}
-    text = " ".join(f"{key}={value}" for key, value in sorted(known.items()))
-    sdrnet.print0(f"recipe {recipe}: {text}")
+    known = {k: v for k, v in sorted(vars(args).items()) if args.clusters or k not in SDR_ONLY}
+    sdrnet.print0(f"recipe {recipe}:", *(f"{key}={value}" for key, value in known.items()))
 
 
 def fingerprint(data):
@@ -777,8 +777,8 @@ def start_folder(args, names, arguments, final, last):
     listing = os.path.join(args.out, "images.txt")
     if sdrnet.rank() == 0 and args.fresh:
         old = [final, last, last.replace(".last.pt", ".log.jsonl"), listing]
-        if not args.clusters:
-            old.append(os.path.join(args.out, "features.npy"))
+        if not args.clusters:                          # images.txt would vouch for them
+            old += [os.path.join(args.out, name) for name in ("features.npy", "clusters.npy")]
         for path in filter(os.path.exists, old):
             os.remove(path)
     if sdrnet.world_size() > 1:
@@ -841,8 +841,8 @@ def run(args):
         return
     net = sdrnet.SDRNet(args.arch, args.width, groups, args.shared, args.small_stem)
     # Without sub-nets W_0 needs neither q nor heads for them.
-    distill, shared = (args.distill, args.shared_heads) if args.clusters else ("none", True)
-    model = SDR(net, args.layers, args.head, distill, args.kd_weight, shared, args.objective)
+    distill, one_set = (args.distill, args.shared_heads) if args.clusters else ("none", True)
+    model = SDR(net, args.layers, args.head, distill, args.kd_weight, one_set, args.objective)
     if args.init not in (None, "none"):
         load_init(model, args.init)
     model.to(device)

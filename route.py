@@ -71,16 +71,16 @@ def open_task(name, size, root=None, download=False):
     for part in ("train", "test"):
         folder = os.path.join(name, part)
         if not os.path.isdir(folder):
-            raise InputError(f"--task {name}: no folder {folder}; a task is a folder with train/ "
-                             f"and test/ of a folder a class, or one of {', '.join(NAMED)}")
+            raise InputError(f"task {name}: no folder {folder}; a task is a folder with train/ and "
+                             f"test/ of a folder a class, or, in route.py, {', '.join(NAMED)}")
         names = sdrnet.list_images(folder)
         if any(os.sep not in path for path in names):
-            raise InputError(f"--task {name}: {folder} holds images outside of class folders")
+            raise InputError(f"task {name}: {folder} holds images outside of class folders")
         class_of = [path.split(os.sep)[0] for path in names]
         classes = classes or sorted(set(class_of))     # those of train/
         unknown = sorted(set(class_of) - set(classes))
         if unknown:
-            raise InputError(f"--task {name}: {folder} has class {unknown[0]}, which train/ lacks")
+            raise InputError(f"task {name}: {folder} has class {unknown[0]}, which train/ lacks")
         labels = torch.tensor([classes.index(c) for c in class_of])
         parts += [sdrnet.Images(folder, names, crop), labels]
     return Task(os.path.basename(os.path.abspath(name)), *parts, len(classes))
@@ -125,7 +125,7 @@ class Cropped(Dataset):
 def named_task(name, crop, root, download):
     """One of the paper's eleven tasks. Raises InputError where torchvision cannot read it."""
     if not root:
-        raise InputError(f"--task {name}: name the folder that it lies in with --root")
+        raise InputError(f"task {name}: name the folder that it lies in by route.py's --root")
     make, train, test, metric = NAMED[name]
     try:
         parts = []
@@ -134,8 +134,8 @@ def named_task(name, crop, root, download):
             labels = torch.cat([torch.as_tensor(read_labels(part)) for part in data])
             parts += [Cropped(ConcatDataset(data), crop, name), labels]
     except Exception as error:                         # torchvision raises nearly anything here
-        raise InputError(f"--task {name} cannot be read ({sdrnet.first_line(error)}); is --root "
-                         "right? --download lets torchvision fetch it") from None
+        raise InputError(f"task {name} cannot be read ({sdrnet.first_line(error)}); is --root right"
+                         "? --download fetches all but cars and sun397's partitions") from None
     count = parts[1].shape[1] if metric == "mAP" else int(parts[1].max()) + 1
     return Task(name, *parts, count, metric)
 
@@ -354,8 +354,8 @@ def score_network(net, task, args, device):
     """The beginning of result.json: the task, and how W_0, or a plain network, does on it."""
     train, test = task_features(net, task, device, args.amp, args.workers)
     if near_duplicates(train, task.train_labels) > 0.5:
-        print(f"{task.name}: warning: most training images have a near-duplicate among them, such "
-              "as frames of one film, so leave-one-out scores mean little")
+        print(f"{task.name}: warning: most training images have a near-duplicate among them, as in "
+              "a film or by a network near collapse, so leave-one-out scores mean little")
     largest = dict(zip(("score", "test"), knn_accuracy(train, test, task, args.k)))
     if args.probe:
         largest["probe"], largest["probe_decay"] = probe_accuracy(train, test, task)
@@ -421,7 +421,7 @@ def print_ranking(result, scores, tests, groups):
     for name in ("largest", "mean"):
         print(f"  {name:>22}  {result[name]['score']:13.2f}  {result[name]['test']:5.2f}")
     if result["largest"]["score"] > scores.max():
-        print("  the largest network scores higher than any sub-net: no sub-net suits this task")
+        print("  the largest network scores higher than any sub-net; the best of these is exported")
 
 
 def print_summary(results):

@@ -307,6 +307,10 @@ def test_features_and_their_listing_are_of_one_folder(done, tmp_path):
     (tmp_path / "bad" / "99.png").write_bytes(b"no image")
     refused(sdrnet, "99.png", checkpoint, tmp_path / "bad", target, "--workers", 0)
     refused(cluster, "0 lines", "--features", target, "--out", tmp_path / "out", "--k", 1)
+    (tmp_path / "alone").mkdir()
+    np.save(tmp_path / "alone" / "f.npy", np.eye(10))                  # no listing: it is the run's
+    refused(cluster, "10 rows", "--features", tmp_path / "alone" / "f.npy", "--out", done / "out",
+            "--k", 1)
     assert run(sdrnet, checkpoint, done, target, "--workers", 0)[0] == 0
     assert not any(name.startswith("out") for name in sdrnet.load_names(tmp_path / "f.txt"))
 

@@ -132,6 +132,8 @@ def test_clusters_of_other_images_are_refused_by_line(tmp_path):
     np.save(out / "clusters.npy", np.full(16, 3))      # legal: empty clusters never train
     status, printed, _ = run(pretrain, *options, "--clusters", out / "clusters.npy")
     assert status == 0 and "15 of 2^4 clusters hold no image" in printed
+    assert run(pretrain, *options, "--fresh")[0] == 0                  # of other features, perhaps
+    assert not (out / "clusters.npy").exists()
 
 
 def test_sdr_goes_on_as_simsiam_was_trained(tmp_path):
@@ -150,7 +152,9 @@ def test_sdr_goes_on_as_simsiam_was_trained(tmp_path):
     got = torch.load(tmp_path / "longer" / "simsiam.pt")["origin"]["arguments"]
     assert {**wanted, "epochs": 2, "lr": 0.125}.items() <= got.items()
     torch.save({"kind": "simsiam", "origin": {"arguments": {"width": 8}}}, tmp_path / "other.pt")
-    assert pretrain.earlier_values(tmp_path / "other.pt") == {}
+    assert pretrain.earlier_values(tmp_path / "other.pt", sdr=True) == {}
+    again = pretrain.earlier_values(tmp_path / "sdrnet.pt", sdr=True)
+    assert (again["epochs"], again["lr"]) == (0.5, 0.25)               # halved and doubled once
 
 
 def test_a_folder_comes_before_a_name(tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def test_training_and_search(folder, tmp_path, monkeypatch, options):
     ("data --window 0.6 0.3 --task toy/tasks/weaves --recipe toy --data toy/images --out unfit",
      " data: error: --window 0.6 0.3: the least comes first"),
     ("data --task typo --recipe small --data toy/images --out unfit",
-     " data: error: --task typo: no folder typo/train"),
+     " data: error: task typo: no folder typo/train"),
     ("nothing", ": error: argument method: invalid choice: 'nothing'")])
 def test_nonsense_is_one_line(folder, monkeypatch, options, said):
     monkeypatch.chdir(folder)
