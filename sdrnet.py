@@ -346,6 +346,8 @@ def resnet(arch, widths, stem, small_stem=False, norm_layer=nn.BatchNorm2d):
     for s, (planes, depth) in enumerate(zip(widths, depths)):
         stage = net._make_layer(block, planes, depth, stride=1 if s == 0 else 2)
         setattr(net, f"layer{s + 1}", stage)
+    if block is BasicBlock and stem != widths[0]:      # a sub-net's: it takes channels of the stem,
+        net.layer1[0].downsample = net.layer1[0].downsample[:1]        # which no BatchNorm touches
     net.fc = nn.Identity()
     net.features = widths[-1] * block.expansion
     net.config = dict(arch=arch, widths=list(widths), stem=stem, small_stem=small_stem)
@@ -358,7 +360,7 @@ def resnet(arch, widths, stem, small_stem=False, norm_layer=nn.BatchNorm2d):
 
 
 def residual_layers(block):
-    """A torchvision block's branch, [(conv, bn), ...], and its shortcut, (conv, bn) or None."""
+    """A torchvision block's branch, [(conv, bn), ...], and its shortcut, (conv[, bn]), or None."""
     branch = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
     if isinstance(block, Bottleneck):
         branch.append((block.conv3, block.bn3))
@@ -489,9 +491,8 @@ class SDRNet(nn.Module):
     def extract(self, path=None, norm_layer=nn.BatchNorm2d):
         """The sub-net of a path (None: W_0) as torchvision's ResNet in eval mode, equal outputs.
 
-        Where a ResNet-18's first block selects channels of the stem, it has a 1x1 convolution of
-        zeros and ones, whose BatchNorm does nothing in eval mode; trained further it normalises
-        like any other."""
+        Where a BasicBlock's stage 0 takes channels of the stem, it has a 1x1 convolution of zeros
+        and ones, without a BatchNorm: in train mode outputs are equal, too."""
         widths = self.widths
         if path is not None:
             widths = [sum(split(width, self.groups, self.shared)) for width in widths]
@@ -507,7 +508,7 @@ class SDRNet(nn.Module):
                 if shortcut is not None:
                     copy_layer(to_shortcut, *shortcut, row)
                 elif to_shortcut is not None:
-                    select_channels(*to_shortcut, branch[-1][2])
+                    select_channels(to_shortcut[0], branch[-1][2])
         return plain.eval()
 
     def prefix_statistics(self):
@@ -528,10 +529,9 @@ def copy_layer(to, conv, bn, out=None, inp=None, row=None):
     plain_bn.running_mean, plain_bn.running_var = mean.clone(), var.clone()
 
 
-def select_channels(conv, bn, out):
-    """Makes a 1x1 convolution and its BatchNorm pass on channels `out` of their input unchanged."""
+def select_channels(conv, out):
+    """Makes a 1x1 convolution pass on channels `out` of its input."""
     conv.weight.copy_(torch.eye(conv.in_channels)[out.cpu()][:, :, None, None])
-    bn.running_var.fill_(1 - bn.eps)
 
 
 @torch.no_grad()

@@ -252,8 +252,7 @@ class SizeNet(sdrnet.SDRNet):
                 tensor.copy_(ours[name][tuple(slice(length) for length in tensor.shape)])
         shortcut = net.layer1[0].downsample
         if shortcut is not None and self.resnet.layer1[0].downsample is None:
-            shortcut[1] = nn.BatchNorm2d(size.widths[0])           # passes on, measures nothing
-            sdrnet.select_channels(*shortcut, torch.arange(size.widths[0]))
+            sdrnet.select_channels(shortcut[0], torch.arange(size.widths[0]))
         return net.to(self.resnet.conv1.weight.device).eval()
 
     @torch.no_grad()

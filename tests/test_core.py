@@ -84,6 +84,8 @@ def test_tree_forward_and_extraction_agree_on_all_paths(arch, groups, small):
             assert torch.allclose(f, again.eval()(x), atol=1e-4)
         assert seen == list(range(groups ** 4))
         assert torch.allclose(net(x), net.extract()(x), atol=1e-4)
+        x = torch.randn(16, 3, 32, 32)                 # and as it is trained on
+        assert torch.allclose(net.train()(x, path), plain.train()(x), atol=1e-3)
 
 
 def test_running_the_tree_in_training_moves_no_statistics():
