@@ -34,7 +34,7 @@ What still differs from the published code (MoCo's detection/, on detectron2):
   - both box losses: smooth L1 with torchvision's beta of 1/9; there 0, which is L1
   - scores and boxes are evaluated as they are; there rounded to 0.001 and 0.1 pixel
   - 3 of 10 found is a recall of 0.3; there it falls short of 3 * 0.1 by a rounding of floats
-  - anchors are rounded to whole pixels (torchvision); there not
+  - anchors are rounded to whole pixels, the predictors' biases random (torchvision); there not
   - a batch is padded to multiples of 32 pixels and takes images as they come; there to its largest
     image, and portraits and landscapes are not mixed
   - BatchNorm weighs processes by their number of values; there equally
@@ -230,7 +230,7 @@ def read_annotation(path):
             boxes.append([float(thing.findtext(f"bndbox/{corner}"))
                           for corner in ("xmin", "ymin", "xmax", "ymax")])
             names.append(fields["name"])
-            difficult.append(fields.get("difficult", "").lower() not in ("", "0", "0.0", "false"))
+            difficult.append(fields.get("difficult", "").lower() in ("1", "1.0", "true", "yes"))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file, though ImageSets names it") from None
     except (ElementTree.ParseError, TypeError, ValueError, OverflowError, LookupError) as error:
@@ -242,10 +242,9 @@ def read_annotation(path):
 def find_image(folder, name):
     """JPEGImages/name with any of the endings that images have. Raises InputError."""
     stem = os.path.join(folder, "JPEGImages", name)
-    for suffix in sdrnet.SUFFIXES:
-        for path in (stem + suffix, stem + suffix.upper()):
-            if os.path.exists(path):
-                return path
+    endings = (ending for suffix in sdrnet.SUFFIXES for ending in (suffix, suffix.upper()))
+    for path in filter(os.path.exists, (stem + ending for ending in endings)):
+        return path
     raise InputError(f"{stem}.jpg (.png, ...): there is no such image, though ImageSets names it")
 
 
@@ -338,12 +337,12 @@ def image_size(path, said):
     it; it stays as stored where only that fits `said`, the annotation's size. Raises InputError."""
     try:
         with Image.open(path) as image:
-            raw, orientation = image.size, image.getexif().get(0x0112, 1)
+            raw, kind, orientation = image.size, image.format, image.getexif().get(0x0112, 1)
     except Exception as error:                         # PIL raises nearly anything on a bad file
-        reason = sdrnet.first_line(error)
-        raise InputError(f"{path} cannot be read as an image ({reason})") from None
-    turned = raw[::-1] if orientation in (5, 6, 7, 8) else raw         # quarter turns
-    turns = orientation in range(2, 9) and (said != raw or raw == turned)
+        raise InputError(f"{path} cannot be read as an image "
+                         f"({sdrnet.first_line(error)})") from None
+    turned = raw[::-1] if orientation in (5, 6, 7, 8) else raw         # quarters; PIL turns TIFFs
+    turns = kind != "TIFF" and orientation in range(2, 9) and (said != raw or raw == turned)
     size = turned if turns else raw
     if said not in (None, size):
         raise InputError(f"{path} has {size[0]} x {size[1]} pixels, and its annotation says "
@@ -362,13 +361,13 @@ def read_split(voc, sets):
         if not os.path.isfile(path):
             raise InputError(f"no {path}: name VOCdevkit with --voc, the split as in 2007:test; or "
                              "a folder with ImageSets/Main, the split as in test")
-        known = os.path.join(folder, "Annotations", "{}.xml").format
+        notes = os.path.join(folder, "Annotations", "")
         lines = [line.strip() for line in sdrnet.load_names(path) if line.strip()]
         for line in lines:
             file, word = os.path.basename(line.replace("\\", "/")), line.split()[0]
             readings = (line, os.path.splitext(line)[0], os.path.splitext(file)[0],
                         word, os.path.splitext(word)[0])       # a path; of two columns the first
-            name = next((name for name in readings if os.path.exists(known(name))), word)
+            name = next((name for name in readings if os.path.exists(f"{notes}{name}.xml")), word)
             entries.append((folder, name))
         if not lines:
             raise InputError(f"{path} names no image")
@@ -564,8 +563,8 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
         save_due = done == iterations or now - saved > 600
         stop, save, broken = sdrnet.on_any(bool(sdrnet.CAUGHT), save_due, not torch.isfinite(loss))
         if broken:
-            raise InputError(f"iteration {step:,}: the loss is not finite: take a lower --lr, or "
-                             "--amp off")
+            raise InputError(f"iteration {step:,}: the loss is not finite: start anew, --fresh, "
+                             "with a lower --lr or --amp off")
         optimizer.step()
         if done == iterations or now - shown > 20:
             shown = now
@@ -578,7 +577,7 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
             saved = now
             sdrnet.save_state(path, done, arguments, model, optimizer)
         if stop:
-            sdrnet.print0(f"stopped at iteration {done:,}; the same command goes on")
+            sdrnet.print0(f"stopped at {done:,}: without --fresh the same command goes on")
             sys.exit(128 + max(sdrnet.CAUGHT, default=15))
 
 
@@ -618,8 +617,8 @@ def detect(model, data, indices, args, device):
 
 
 def early_stopping(candidates, data, args, device, path, arguments):
-    """The paper's choice for detection: each candidate (name, source, digits) trains for
-    args.early_stop iterations on four fifths of the training images, the rest judges, by coco AP.
+    """The paper's choice for detection: each candidate (name, source, digits) has the schedule in
+    args.early_stop iterations, on four fifths of the training images; the rest judges, by coco AP.
 
     path: the table, which is printed too; what it holds is not done again. Returns the best."""
     usable = [i for i in range(len(data)) if not data.difficult[i].all()]          # can be judged
@@ -754,8 +753,9 @@ def fill_defaults(args):
         recipe["sides"] = [max(32, round(side * args.test_side / recipe["test_side"]))
                            for side in recipe["sides"]]
     factor = (args.batch_size or recipe["batch_size"]) / recipe["batch_size"]
-    recipe.update(lr=recipe["lr"] * factor, iterations=max(1, round(recipe["iterations"] / factor)),
-                  warmup=max(1, round(recipe["warmup"] / factor)))
+    recipe["lr"] *= factor
+    for key in ("iterations", "warmup", "early_stop", "precise_bn"):
+        recipe[key] = max(1, round(recipe[key] / factor))
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -765,7 +765,7 @@ def fill_defaults(args):
 
 
 def list_candidates(args):
-    """[(name, source, digits), ...]: the backbones to start from, one without --scores."""
+    """[(name, source, digits), ...]: the backbones; among several early stopping chooses."""
     sources = args.backbone or [os.path.join(args.out, "sdrnet.pt")]
     for source in sources:
         if not os.path.isfile(source):
@@ -784,20 +784,22 @@ def list_candidates(args):
     tables, candidates = [], []
     for file in files:
         try:
-            tables.append(np.load(file))
+            tables.append(np.lib.format.open_memmap(file, "r"))    # np.load opens archives, too
         except (OSError, ValueError, EOFError):
             tables.append(np.empty(0))
-        if tables[-1].shape != (groups ** 4,) or not np.isfinite(tables[-1]).all():
+        if (tables[-1].shape != (groups ** 4,) or not np.isfinite(tables[-1]).all()
+                or Path(file).name == "test_scores.npy"):              # which choose nothing
             raise InputError(f"{file}: no scores.npy of the {groups}^4 sub-nets of {sources[0]}")
         result = Path(file).with_name("result.json")
         if result.exists() and weights not in result.read_text():
             raise InputError(f"{file} is of another {sources[0]}: run route.py again")
     scores = np.mean(tables, axis=0)
+    if np.ptp(scores) == 0:
+        raise InputError("all sub-nets score alike, so none can be chosen: name a --backbone")
     for index in np.argsort(-scores, kind="stable")[:args.best or count].tolist():
         digits = ",".join(map(str, sdrnet.index_to_path(index, groups)))
         candidates.append((f"sub-net {index}, path {digits}", sources[0], digits))
-        sdrnet.print0(f"sub-net {index}, path {digits}: score {scores[index]:.1f} %, the mean over "
-                      f"{len(files)} tasks")
+        sdrnet.print0(f"{candidates[-1][0]}: score {scores[index]:.1f} % ({len(files)} tasks)")
     return candidates
 
 
@@ -808,8 +810,7 @@ def open_images(args):
     tests = VOC(read_split(args.voc, args.test), data.classes)
     if all(hard.all() for hard in tests.difficult):
         raise InputError(f"--test {args.test}: all objects are marked difficult: none is to find")
-    both = len(set(data.paths) & set(tests.paths))
-    if both:
+    if both := len(set(data.paths) & set(tests.paths)):
         sdrnet.print0(f"warning: {both} of {len(tests)} test images are training images too")
     return data, tests
 
@@ -821,13 +822,12 @@ def run(args):
         args.recipe = args.recipe or "quick"
         args.voc = os.path.join(sdrnet.toy_folder(), "VOCdevkit")
         args.train = args.train or "2007:trainval"
-    args.train = args.train or "2007:trainval,2012:trainval"
+    args.train, args.recipe = args.train or "2007:trainval,2012:trainval", args.recipe or "voc"
     fill_defaults(args)
     candidates = list_candidates(args)
     data, tests = open_images(args)
-    values = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()))
-    sdrnet.print0(f"{len(data):,} training and {len(tests):,} test images, {len(data.classes)} "
-                  f"classes; {values}")
+    sdrnet.print0(f"{len(data):,} train, {len(tests):,} test images, {len(data.classes)} classes;",
+                  *(f"{key}={value}" for key, value in sorted(vars(args).items())))
     place = functools.partial(os.path.join, args.out, "detection")
     arguments = {key: value for key, value in vars(args).items() if key not in RUN_ONLY}
     arguments["candidates"] = [name for name, _, _ in candidates]
@@ -836,9 +836,9 @@ def run(args):
                             for source in dict.fromkeys(source for _, source, _ in candidates)]
     if sdrnet.rank() == 0:
         sdrnet.make_folder(place())
-        for name in ("metrics.json", "early_stopping.json", "last.pt"):
-            if args.fresh and os.path.exists(place(name)):
-                os.remove(place(name))
+        files = ("metrics.json", "early_stopping.json", "last.pt", "detector.pt", "detections.png")
+        for name in files if args.fresh else ():
+            Path(place(name)).unlink(missing_ok=True)
     if sdrnet.world_size() > 1:
         dist.barrier()
     if os.path.exists(place("metrics.json")):

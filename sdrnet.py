@@ -371,7 +371,7 @@ def conv_bn(x, conv, bn, out, inp, row, track):
     """A convolution and its BatchNorm along a path: x (B, I', H, W) -> (B, O', H', W').
 
     A strided 1x1 convolution reads every other pixel, and is given just these: on CPU the gradient
-    of its weight was seen (torch 2.15, few channels) to write outside its memory."""
+    of its weight was seen (torch 2.14, few channels) to write outside its memory."""
     stride = conv.stride
     if conv.kernel_size == (1, 1):
         x, stride = x[:, :, ::stride[0], ::stride[1]], 1
@@ -642,7 +642,7 @@ def read_torch_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                         # a broken zip or pickle fails in many ways
-        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
+        raise InputError(f"{path} is damaged or no tensor file ({type(error).__name__})") from None
 
 
 def load_checkpoint(path, *kinds):
@@ -703,7 +703,7 @@ def load_network(path, norm_layer=nn.BatchNorm2d):
                 bn.prefix_mean, bn.prefix_var = kept["mean"], kept["var"]
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} does not fit its own config ({first_line(error)})") from None
-    if not all(torch.isfinite(value).all() for value in net.state_dict().values()):
+    if not all(torch.isfinite(value).all() for value in (*net.parameters(), *net.buffers())):
         raise InputError(f"{path}: not all weights are finite: its training went astray")
     return net.eval()
 
@@ -915,13 +915,13 @@ def main():
     args = parser.parse_args()
     try:
         device = setup()
-        if not args.target.endswith(".npy"):
-            raise InputError(f"{args.target}: a name that ends in .npy is needed")
+        if not args.target.endswith(".npy") or os.path.basename(args.target) == "images.npy":
+            raise InputError(f"{args.target}: a name ending in .npy, not images.npy, is needed")
         net = load_network(args.checkpoint)
         if args.path is not None:
             path = read_path(args.path, net)           # or says that there are none
             net = net.extract(path)
-        names = list_images(args.folder, leave_out=os.path.dirname(args.checkpoint))
+        names = list_images(args.folder, leave_out=Path(args.checkpoint).absolute().parent)
         size = load_checkpoint(args.checkpoint)["image_size"]
         images = Images(args.folder, names, functools.partial(center_crop, size=size))
         listing = os.path.splitext(args.target)[0] + ".txt"

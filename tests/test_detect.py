@@ -216,6 +216,7 @@ CASES = {                                              # xml, more of write_voc
     "upside down": (SIZE + SQUARE.format(extra=""), {"orientation": 3}),
     "lying, a square": (SQUARE.format(extra=""), {"orientation": 6, "size": (40, 40)}),
     "lying": (SIZE + SQUARE.format(extra=""), {"orientation": 6}),
+    "lying, a TIFF": (SIZE + SQUARE.format(extra=""), {"orientation": 6, "image": "a.tif"}),
 }
 
 
@@ -424,6 +425,10 @@ def test_the_sub_net_is_the_one_asked_for(scenes, tmp_path):
         np.save(tmp_path / "scores.npy", scores)
         with pytest.raises(sdrnet.InputError, match="no scores.npy"):
             candidates(scenes, "--scores", tmp_path / "scores.npy")
+    for name, said in (("scores.npy", "score alike"), ("test_scores.npy", "no scores.npy")):
+        np.save(tmp_path / name, np.zeros(16))
+        with pytest.raises(sdrnet.InputError, match=said):
+            candidates(scenes, "--scores", tmp_path / name)
     np.save(tmp_path / "scores.npy", np.arange(16.0))
     (tmp_path / "result.json").write_text('{"origin": {"weights": "of another network"}}')
     with pytest.raises(sdrnet.InputError, match="run route.py again"):
