@@ -577,7 +577,7 @@ def train(model, data, indices, args, iterations, device, path=None, arguments=N
             saved = now
             sdrnet.save_state(path, done, arguments, model, optimizer)
         if stop:
-            sdrnet.print0(f"stopped at {done:,}: without --fresh the same command goes on")
+            sdrnet.print0(f"stopped at step {done:,}: without --fresh the same command goes on")
             sys.exit(128 + max(sdrnet.CAUGHT, default=15))
 
 
@@ -727,7 +727,7 @@ def build_parser():
     group.add_argument("--random", action="store_true", help="its shape alone: the control")
     group.add_argument("--scores", help="a scores.npy: early stopping chooses among its --best")
     group.add_argument("--best", type=number(int, 2), help="sub-nets to try: 4; without --scores 1")
-    group.add_argument("--early-stop", type=number(int, 1), help="iterations: 1000; quick: 60")
+    group.add_argument("--early-stop", type=number(int, 1), help="16,000 / B steps; quick: 480 / B")
     group = parser.add_argument_group("protocol")
     group.add_argument("--recipe", choices=sorted(RECIPES), help="voc: as published; quick: 500 "
                        "iterations of 8 images at 256 px, default for toy scenes")
